@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The control device that a level's VMM shows to what it runs.
+//!
+//! Ports rather than MMIO: an I/O exit needs no instruction decoding on any level, so the device
+//! costs the same everywhere and works before the guest has set anything up.
+
+/// Text of the payload, 8-bit OUT (`rep outsb` allowed). Relayed line by line up to L0.
+pub const CONSOLE: u16 = 0x4D00;
+/// Next [`Command`](crate::Command), 32-bit IN. A VMM that is itself a guest asks its own port first.
+pub const COMMAND: u16 = 0x4D04;
+/// The payload is done, 32-bit OUT of its exit status (0 is success).
+pub const DONE: u16 = 0x4D08;
+/// Touch region request, 32-bit OUT of a [`touch`] word. Done when the OUT has retired.
+pub const TOUCH: u16 = 0x4D0C;
+/// Nothing happens, in the VMM's user space: the `pio` operation. 32-bit OUT.
+pub const NOP: u16 = 0x4D10;
+/// Number of 4 KiB pages in the touch region, 32-bit IN.
+pub const TOUCH_PAGES: u16 = 0x4D14;
+/// First port of the device.
+pub const FIRST: u16 = CONSOLE;
+/// One past the last port of the device.
+pub const END: u16 = 0x4D18;
+
+/// Words for [`TOUCH`]: bits 7:0 what to do, bits 31:8 how many pages from the start of the region
+/// (0: all of it).
+pub mod touch {
+    /// Drop the backing (MADV_DONTNEED).
+    pub const DISCARD: u8 = 0;
+    /// Drop the backing, then back every page again from the VMM (MADV_POPULATE_WRITE), so that the
+    /// VMM has the pages and its KVM has not mapped them yet.
+    pub const POPULATE: u8 = 1;
+
+    /// Packs a request for the first `pages` pages; 0 asks for the whole region.
+    pub const fn word(what: u8, pages: u32) -> u32 {
+        what as u32 | (pages << 8)
+    }
+
+    /// Unpacks a request into what to do and the number of pages, 0 for all.
+    pub const fn unpack(word: u32) -> (u8, u32) {
+        (word as u8, word >> 8)
+    }
+}
+
+/// Guest-physical address where the touch region starts: its own memslot, backed with 4 KiB pages
+/// only (MADV_NOHUGEPAGE), or the counts would be those of a huge page.
+pub const TOUCH_BASE: u64 = 0x4000_0000;

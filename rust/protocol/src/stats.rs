@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Statistics that an interrupt cannot spoil.
+//!
+//! The cost of an operation is a fixed number of instructions, except when something asynchronous
+//! falls into it. So the minimum and the median mean something and the mean does not, and a sample
+//! whose count of exits differs from most is not a slow operation but another event.
+
+/// One measured operation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sample {
+    /// Difference of the TSC: retired instructions of all levels on the laboratory's emulator, cycles on
+    /// a real machine.
+    pub ticks: u64,
+    /// VM exits into L0 meanwhile; 0 where they cannot be counted.
+    pub exits: u64,
+}
+
+/// What is reported of a set of samples.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Summary {
+    /// Fewest ticks of an undisturbed sample.
+    pub min: u64,
+    /// Median of the undisturbed samples; the upper one of the two in the middle.
+    pub median: u64,
+    /// Most ticks of an undisturbed sample.
+    pub max: u64,
+    /// Undisturbed samples.
+    pub n: u32,
+    /// Samples set aside because their count of exits was not the usual one.
+    pub disturbed: u32,
+    /// Most ticks of any sample.
+    pub worst: u64,
+    /// Exits of one undisturbed operation.
+    pub exits: u64,
+}
+
+/// The value that occurs most often in a sorted slice, the smallest of them on a tie.
+fn mode(sorted: &[Sample]) -> u64 {
+    let mut best = (0, 0);
+    for run in sorted.chunk_by(|a, b| a.exits == b.exits) {
+        if run.len() > best.0 {
+            best = (run.len(), run[0].exits);
+        }
+    }
+    best.1
+}
+
+/// Summarises `samples`, from each of which `overhead` ticks and exits are the bracket's own. Sorts in
+/// place, so that it needs no memory. An empty slice gives all zeros.
+pub fn summarize(samples: &mut [Sample], overhead: Sample) -> Summary {
+    samples.sort_unstable_by_key(|sample| sample.exits);
+    let usual = mode(samples);
+    samples.sort_unstable_by_key(|sample| (sample.exits != usual, sample.ticks));
+    let n = samples.partition_point(|sample| sample.exits == usual);
+    let ticks = |sample: Option<&Sample>| {
+        sample.map_or(0, |sample| sample.ticks.saturating_sub(overhead.ticks))
+    };
+    Summary {
+        min: ticks(samples.first()),
+        median: ticks(samples.get(n / 2)),
+        max: ticks(samples[..n].last()),
+        n: n as u32,
+        disturbed: (samples.len() - n) as u32,
+        worst: ticks(samples.iter().max_by_key(|sample| sample.ticks)),
+        exits: usual.saturating_sub(overhead.exits),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn samples(values: &[(u64, u64)]) -> std::vec::Vec<Sample> {
+        values
+            .iter()
+            .map(|&(ticks, exits)| Sample { ticks, exits })
+            .collect()
+    }
+
+    #[test]
+    fn an_interrupted_sample_is_set_aside() {
+        let mut set = samples(&[(105, 2), (103, 2), (9000, 3), (104, 2)]);
+        let summary = summarize(&mut set, Sample { ticks: 3, exits: 0 });
+        assert_eq!((summary.min, summary.median, summary.max), (100, 101, 102));
+        assert_eq!((summary.n, summary.disturbed), (3, 1));
+        assert_eq!((summary.worst, summary.exits), (8997, 2));
+    }
+
+    #[test]
+    fn nothing_gives_nothing() {
+        assert_eq!(summarize(&mut [], Sample::default()), Summary::default());
+    }
+}
