@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: GPL-2.0
+"""scripts/emu: boots a stock Linux kernel as L0 on an emulated CPU that has VMX."""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tarfile
+import tempfile
+import termios
+import time
+import tty
+
+from . import boot, cpio, machine
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+EMULATOR = os.path.dirname(HERE)
+PROJECT = os.path.dirname(os.path.dirname(EMULATOR))
+
+HUNG, WARNED, BROKEN = 124, 123, 125
+
+EXAMPLES = """\
+examples:
+  scripts/emu run -- uname -a                        one command in L0
+  scripts/emu run --out out/x -- sh -c 'matryoshka bench >/out/bench.json'
+                                                     what the command leaves in /out comes back to out/x
+  scripts/emu run --file my_test=/bin/my_test -- my_test
+                                                     put a (static) program in, run it
+  scripts/emu shell                                  a shell in L0; Ctrl-] ends it
+
+exit status: COMMAND's own; 123 a kernel warned (--fail-on-warn); 124 it hung; 125 it could not be run.
+Documentation/lab.md explains the emulated host."""
+
+
+def fail(message):
+    """Ends the runner: it could not do its work."""
+    print(f"emu: {message}", file=sys.stderr)
+    sys.exit(BROKEN)
+
+
+def arguments():
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="scripts/emu", description=__doc__, epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    modes = parser.add_subparsers(dest="mode", required=True, metavar="run | shell")
+    common = argparse.ArgumentParser(add_help=False)
+    add = common.add_argument
+    add("--kernel", metavar="VERSION", help="kernel version (default: the lab's)")
+    add("--cpus", type=int, default=1, metavar="N", help="processors of L0 (default 1; counts repeat exactly only with 1)")
+    add("--memory", type=int, default=2048, metavar="MIB", help="memory of L0 (default 2048)")
+    add("--append", default="", metavar="ARGS", help="more arguments for the kernel command line")
+    add("--kvm-intel", default="", metavar="OPTIONS", help="more options for kvm_intel (nested=1 is always there)")
+    add("--file", action="append", default=[], metavar="SRC=DST", help="put a file or directory into L0")
+    add("--module", action="append", default=[], metavar="NAME", help="load one more of the kernel's modules")
+    add("--prof", action="store_true", help="use the instrumented emulator (slower; see scripts/profile)")
+    add("--model", default="corei7_skylake_x", help=argparse.SUPPRESS)
+    add("--ips", type=int, default=3500000000, help=argparse.SUPPRESS)
+    add("--kernel-tree", metavar="DIR", help="directory with vmlinuz and the module tree (default: from scripts/lab)")
+    add("--emulator", metavar="DIR", help="directory with the emulator (default: from scripts/lab)")
+    add("--busybox", metavar="FILE", help="static busybox (default: the lab's)")
+    add("--bare", action="store_true", help="leave out the tool, the module and the guest kernel")
+    run = modes.add_parser("run", parents=[common], help="run one command in L0", epilog=EXAMPLES,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    run.add_argument("--timeout", type=int, default=300, metavar="S", help="silence that counts as a hang (default 300 s)")
+    run.add_argument("--limit", type=int, default=0, metavar="S", help="time the whole run may take")
+    run.add_argument("--out", metavar="DIR", help="where /out of the guest and console.log go")
+    run.add_argument("--fail-on-warn", action="store_true", help="a WARNING, BUG or Oops of any kernel fails the run")
+    run.add_argument("-v", "--verbose", action="store_true", help="show the console")
+    run.add_argument("command", nargs="+", metavar="COMMAND", help="what to run, after --")
+    modes.add_parser("shell", parents=[common], help="a shell in L0")
+    return parser.parse_args()
+
+
+def lab_paths(args):
+    """What `scripts/lab paths` says, as a dictionary."""
+    if args.kernel_tree and args.emulator and args.busybox:
+        return {}
+    lab = os.path.join(PROJECT, "scripts", "lab")
+    command = [lab, "paths"] + (["--kernel", args.kernel] if args.kernel else [])
+    try:
+        text = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+    except FileNotFoundError:
+        fail("scripts/lab is not there; give --kernel-tree, --emulator and --busybox")
+    except subprocess.CalledProcessError:
+        fail("the lab is not set up: run scripts/lab setup")
+    return dict(line.split("=", 1) for line in shlex.split(text, comments=True) if "=" in line)
+
+
+def cache():
+    """The project's cache directory."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.environ.get("MATRYOSHKA_CACHE") or os.path.join(base, "matryoshka")
+
+
+def build_initramfs(path, args, paths, tree):
+    """Writes L0's initramfs; returns the kernel version it is for."""
+    image = cpio.Cpio(path)
+    image.device("dev/console", stat.S_IFCHR, 5, 1)
+    image.device("dev/null", stat.S_IFCHR, 1, 3)
+    for name in ("proc", "sys", "tmp", "run", "out", "root"):
+        image.directory(name)
+    for pair in args.file:
+        source, _, name = pair.partition("=")
+        if not os.path.exists(source):
+            fail(f"--file {pair}: {source} does not exist")
+        image.copy(source, name or "/bin/" + os.path.basename(source))
+    busybox = args.busybox or os.path.join(paths.get("ROOT", ""), "bin/busybox")
+    image.copy(busybox, "bin/busybox")
+    for applet in subprocess.run([busybox, "--list"], stdout=subprocess.PIPE, check=True, text=True).stdout.split():
+        image.link(f"bin/{applet}", "busybox")
+    image.copy(os.path.join(args.emulator, "emu-agent"), "bin/emu-agent")
+    image.copy(os.path.join(EMULATOR, "init"), "init")
+
+    modules = boot.Modules(tree).load_order(["kvm", "kvm_intel", *args.module])
+    version = next(tag[9:].split()[0].decode() for tag in modules[0][1].split(b"\0") if tag.startswith(b"vermagic="))
+    table = ""
+    for name, data in modules:
+        image.data(f"lib/modules/{version}/{name}.ko", data)
+        options = f"nested=1 {args.kvm_intel}" if name == "kvm_intel" else ""
+        table += f"{name}.ko {options}\n"
+    image.data("etc/emu/modules", table.encode())
+    image.data("etc/emu/mode", args.mode.encode())
+    if args.mode == "run":
+        image.data("etc/emu/command", ("exec " + shlex.join(args.command) + "\n").encode())
+    image.data("etc/passwd", b"root:x:0:0:root:/:/bin/sh\n")
+
+    if not args.bare:
+        guest = paths.get("GUEST", "")
+        for source, name in ((paths.get("TOOL"), "bin/matryoshka"), (paths.get("MODULE"), "lib/matryoshka/matryoshka.ko"),
+                             (guest and guest + "/vmlinux", "lib/matryoshka/guest/vmlinux"),
+                             (paths.get("GUEST_MODULE"), "lib/matryoshka/guest/matryoshka.ko"),
+                             (paths.get("PAYLOAD"), "lib/matryoshka/payload")):
+            if source and os.path.exists(source):
+                image.copy(source, name)
+        if guest and os.path.isdir(guest):
+            for name, data in guest_modules(guest):
+                image.data(f"lib/matryoshka/guest/{name}.ko", data)
+    image.close()
+    return version
+
+
+def guest_modules(guest):
+    """The modules KVM needs in a guest; none if they are built in."""
+    for tree in (guest, *(os.path.join(guest, "modules", d) for d in sorted(os.listdir(os.path.join(guest, "modules")))
+                          if os.path.isdir(os.path.join(guest, "modules", d)))) if os.path.isdir(os.path.join(guest, "modules")) else (guest,):
+        try:
+            return boot.Modules(tree).load_order(["kvm", "kvm_intel"])
+        except FileNotFoundError:
+            continue
+    return []
+
+
+class History:
+    """How long runs of the same command took, for the progress line."""
+
+    def __init__(self, key):
+        self._path = os.path.join(cache(), "emu-times.json")
+        self._key = hashlib.sha256(key.encode()).hexdigest()[:16]
+
+    def _load(self):
+        try:
+            with open(self._path, encoding="utf-8") as f:
+                return json.load(f)
+        except (OSError, ValueError):
+            return {}
+
+    def expected(self):
+        """Seconds, or None."""
+        return self._load().get(self._key)
+
+    def record(self, seconds):
+        """Remembers a run that ended well. Two at a time may lose one entry, which does not matter."""
+        times = self._load()
+        times[self._key] = round(seconds, 1)
+        try:
+            os.makedirs(os.path.dirname(self._path), exist_ok=True)
+            with open(f"{self._path}.{os.getpid()}", "w", encoding="utf-8") as f:
+                json.dump(times, f)
+            os.replace(f"{self._path}.{os.getpid()}", self._path)
+        except OSError:
+            pass
+
+
+class Run:
+    """`emu run`: what came from the guest, and what became of it."""
+
+    def __init__(self, args, host, directory):
+        self.args, self.host = args, host
+        self.out = args.out or os.path.join(directory, "out")
+        os.makedirs(self.out, exist_ok=True)
+        self.console = open(os.path.join(self.out, "console.log"), "w", encoding="utf-8")
+        self.history = History(" ".join([*args.command, str(args.prof), args.kernel or ""]))
+        self.progress = machine.Progress("L0", self.history.expected())
+        self.lines, self.text = machine.Lines(), {"O": machine.Lines(), "E": machine.Lines()}
+        self.trouble, self.last = [], []
+        self.status = None
+        self.archive = io.BytesIO()
+
+    def look(self, lines):
+        """Notes what a kernel complains of."""
+        for line in lines:
+            if machine.TROUBLE.search(line) and line not in self.trouble:
+                self.trouble.append(line)
+
+    def on_console(self, data):
+        """Serial console of L0."""
+        for line in self.lines.feed(data):
+            self.console.write(line + "\n")
+            self.last = (self.last + [line])[-20:]
+            self.look([line])
+            if self.args.verbose:
+                self.progress.clear()
+                print(line, flush=True)
+            if machine.PANIC.search(line):
+                self.console.flush()
+                raise machine.Crash("L0's kernel panicked")
+
+    def on_frame(self, kind, data):
+        """A frame from the agent; true if it was the last one."""
+        if kind in "OE":
+            self.progress.clear()
+            stream = sys.stdout if kind == "O" else sys.stderr
+            stream.buffer.write(data)
+            stream.flush()
+            lines = self.text[kind].feed(data)
+            self.last = (self.last + lines)[-20:]
+            self.look(lines)
+        elif kind == "X":
+            self.status = data[0]
+        elif kind == "F":
+            self.archive.write(data)
+        elif kind == "K":
+            with open(os.path.join(self.out, "kernel.log"), "ab") as f:
+                f.write(data)
+            self.look(data.decode("utf-8", "replace").splitlines())
+        return kind == "Z"
+
+    def unpack(self):
+        """Writes the files that came back."""
+        if not self.archive.tell():
+            return
+        self.archive.seek(0)
+        with tarfile.open(fileobj=self.archive) as tar:
+            for member in tar:
+                target = os.path.normpath(os.path.join(self.out, member.name))
+                if not target.startswith(os.path.abspath(self.out)) and not target.startswith(self.out):
+                    continue
+                if member.isdir():
+                    os.makedirs(target, exist_ok=True)
+                elif member.isfile():
+                    os.makedirs(os.path.dirname(target), exist_ok=True)
+                    with open(target, "wb") as f:
+                        shutil.copyfileobj(tar.extractfile(member), f)
+                    os.chmod(target, member.mode & 0o777)
+
+    def tell(self, message):
+        """Says what went wrong, with the last lines that were heard."""
+        self.progress.clear()
+        print(f"emu: {message}", file=sys.stderr)
+        for line in self.last[-15:]:
+            print(f"emu:   | {line}", file=sys.stderr)
+        for line in self.host.where():
+            print(f"emu:   {line}", file=sys.stderr)
+        for line in self.host.log():
+            print(f"emu:   emulator: {line}", file=sys.stderr)
+
+    def go(self):
+        """Runs to the end; returns the exit status."""
+        started = time.monotonic()
+        try:
+            for event in self.host.events(self.args.timeout, self.args.limit, tick=self.progress.tick):
+                if event[0] == "console":
+                    self.on_console(event[1])
+                elif self.on_frame(event[1], event[2]):
+                    break
+        except machine.Hang as problem:
+            self.tell(f"{problem}; ended. The last it said:")
+            return HUNG
+        except machine.Crash as problem:
+            self.tell(f"{problem}. The last it said:")
+            return BROKEN
+        finally:
+            self.console.close()
+            self.progress.clear()
+        self.unpack()
+        if self.status is None:
+            self.tell("the emulator ended before the command did. The last it said:")
+            return BROKEN
+        for line in self.trouble:
+            print(f"emu: kernel: {line}", file=sys.stderr)
+        if self.trouble and self.args.fail_on_warn:
+            print(f"emu: {len(self.trouble)} complaint(s) of a kernel; kernel.log and console.log have the rest", file=sys.stderr)
+            return WARNED
+        self.history.record(time.monotonic() - started)
+        return self.status
+
+
+def shell(host):
+    """`emu shell`: the terminal becomes L0's serial console."""
+    interactive = sys.stdin.isatty()
+    saved = termios.tcgetattr(sys.stdin) if interactive else None
+    try:
+        if interactive:
+            tty.setraw(sys.stdin)
+        for event in host.events(0, extra=sys.stdin.fileno()):
+            if event[0] == "console":
+                sys.stdout.buffer.write(event[1])
+                sys.stdout.flush()
+            elif event[0] == "extra":
+                if b"\x1d" in event[1]:
+                    break
+                os.write(host.master, event[1].replace(b"\n", b"\r"))
+            elif event[1] == "Z":
+                break
+    finally:
+        if saved:
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, saved)
+    print("\nemu: ended")
+    return 0
+
+
+def main():
+    """Builds what to boot, boots it, and cleans up."""
+    args = arguments()
+    paths = lab_paths(args)
+    tree = args.kernel_tree or paths["KERNEL"]
+    args.emulator = args.emulator or paths["EMU"]
+    binary = os.path.join(args.emulator, "bochs-prof" if args.prof else "bochs")
+    if not os.access(binary, os.X_OK):
+        fail(f"{binary} is missing: run scripts/lab setup")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))
+    with tempfile.TemporaryDirectory(prefix="emu-") as directory:
+        initramfs = os.path.join(directory, "initramfs")
+        try:
+            build_initramfs(initramfs, args, paths, tree)
+            line = f"console=ttyS0,115200 loglevel=5 nokaslr panic=0 {args.append}".strip()
+            images, floppy = boot.boot_files(directory, os.path.join(tree, "vmlinuz"), initramfs, line, args.memory)
+        except (OSError, ValueError) as problem:
+            fail(str(problem))
+        host = machine.Machine(directory, args.emulator, binary, floppy, images, args.memory, args.cpus, args.model, args.ips)
+        try:
+            return shell(host) if args.mode == "shell" else Run(args, host, directory).go()
+        finally:
+            host.stop()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
