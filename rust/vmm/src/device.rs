@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The port I/O devices of a machine: COM1, the reset lines, the control device.
+
+use vm_superio::serial::NoEvents;
+use vm_superio::{Serial, Trigger};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::console::{Collected, Lines};
+use crate::control as ctl;
+use crate::machine::Exit;
+use crate::memory::Memory;
+
+/// COM1's first port.
+const COM1: u16 = 0x3f8;
+/// COM1's interrupt on a PC.
+pub(crate) const COM1_IRQ: u32 = 4;
+/// Keyboard controller: command port, and the command that pulses the CPU's
+/// reset line.
+const I8042_COMMAND: u16 = 0x64;
+const I8042_RESET: u8 = 0xfe;
+/// Reset control register of a PC chipset; bit 2 resets the CPU.
+const RESET_CONTROL: u16 = 0xcf9;
+const RESET_CPU: u8 = 1 << 2;
+
+/// Where a console line came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// The serial port: the guest's kernel.
+    Serial,
+    /// The control device: a payload, or the tool in the guest.
+    Control,
+}
+
+/// What a machine needs from whoever runs it.
+pub trait Host: Send {
+    /// A line of console text.
+    fn line(&mut self, source: Source, line: &str);
+    /// Raw console bytes for L0's standard output.
+    fn raw(&mut self, bytes: &[u8]);
+    /// The guest wants the next command.
+    fn command(&mut self) -> u32;
+}
+
+/// Raises COM1's interrupt through an irqfd.
+#[derive(Debug)]
+pub(crate) struct Irq(pub EventFd);
+
+impl Trigger for Irq {
+    type E = std::io::Error;
+
+    fn trigger(&self) -> std::io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+/// What the machine does after an access.
+pub(crate) enum Flow {
+    /// It goes on.
+    Go,
+    /// It ends.
+    End(Exit),
+}
+
+/// The devices.
+pub(crate) struct Bus<'a> {
+    serial: Serial<Irq, NoEvents, Collected>,
+    /// COM1 is a terminal: its bytes go up as they are instead of line by line.
+    serial_raw: bool,
+    serial_lines: Lines,
+    text: Lines,
+    host: &'a mut dyn Host,
+    mem: &'a Memory,
+}
+
+impl<'a> Bus<'a> {
+    pub(crate) fn new(irq: Irq, serial_raw: bool, host: &'a mut dyn Host, mem: &'a Memory) -> Self {
+        Bus {
+            serial: Serial::new(irq, Collected::default()),
+            serial_raw,
+            serial_lines: Lines::default(),
+            text: Lines::default(),
+            host,
+            mem,
+        }
+    }
+
+    /// An OUT of `data` (several elements of a string instruction at once).
+    pub(crate) fn out(&mut self, port: u16, data: &[u8]) -> Flow {
+        let word = || {
+            let mut w = [0u8; 4];
+            let n = data.len().min(4);
+            w[..n].copy_from_slice(&data[..n]);
+            u32::from_le_bytes(w)
+        };
+        match port {
+            COM1..0x400 => {
+                for &b in data {
+                    // The only failure is that of the interrupt's eventfd, which
+                    // has a counter of 64 bits to overflow first.
+                    let _ = self.serial.write((port - COM1) as u8, b);
+                }
+                self.serial_output();
+            }
+            I8042_COMMAND if data[0] == I8042_RESET => return Flow::End(Exit::Reset),
+            RESET_CONTROL if data[0] & RESET_CPU != 0 => return Flow::End(Exit::Reset),
+            ctl::CONSOLE => {
+                let host = &mut self.host;
+                self.text.push(data, |l| host.line(Source::Control, l));
+            }
+            ctl::RAW => self.host.raw(data),
+            ctl::DONE => return Flow::End(Exit::Done(word())),
+            ctl::TOUCH => {
+                let (what, pages) = ctl::touch::unpack(word());
+                if !self.mem.discard_touch(pages, what == ctl::touch::POPULATE) {
+                    self.host.line(
+                        Source::Control,
+                        "vmm: the touch region could not be discarded; its figures mean nothing",
+                    );
+                }
+            }
+            _ => {}
+        }
+        Flow::Go
+    }
+
+    /// An IN. Ports where nobody lives read as ones.
+    pub(crate) fn input(&mut self, port: u16, data: &mut [u8]) {
+        match port {
+            COM1..0x400 => {
+                for b in data {
+                    *b = self.serial.read((port - COM1) as u8);
+                }
+            }
+            ctl::COMMAND => fill(data, self.host.command()),
+            ctl::TOUCH_PAGES => fill(data, self.mem.touch_pages()),
+            _ => data.fill(0xff),
+        }
+    }
+
+    /// Offers typed bytes to COM1; gives back how many it took.
+    pub(crate) fn type_in(&mut self, bytes: &[u8]) -> usize {
+        self.serial.enqueue_raw_bytes(bytes).unwrap_or(0)
+    }
+
+    /// Passes on lines that have no end yet.
+    pub(crate) fn flush(&mut self) {
+        let host = &mut self.host;
+        self.text.flush(|l| host.line(Source::Control, l));
+        self.serial_lines.flush(|l| host.line(Source::Serial, l));
+    }
+
+    fn serial_output(&mut self) {
+        let out = std::mem::take(&mut self.serial.writer_mut().0);
+        if out.is_empty() {
+            return;
+        }
+        if self.serial_raw {
+            self.host.raw(&out);
+        } else {
+            let host = &mut self.host;
+            self.serial_lines
+                .push(&out, |l| host.line(Source::Serial, l));
+        }
+    }
+}
+
+/// Puts a little-endian word into an IN's buffer, whatever its width.
+fn fill(data: &mut [u8], word: u32) {
+    for (d, s) in data.iter_mut().zip(word.to_le_bytes().iter().cycle()) {
+        *d = *s;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Default)]
+    struct Record {
+        lines: Vec<(Source, String)>,
+        raw: Vec<u8>,
+    }
+
+    impl Host for Record {
+        fn line(&mut self, source: Source, line: &str) {
+            self.lines.push((source, line.into()));
+        }
+        fn raw(&mut self, bytes: &[u8]) {
+            self.raw.extend_from_slice(bytes);
+        }
+        fn command(&mut self) -> u32 {
+            0x0301
+        }
+    }
+
+    fn with_bus(raw: bool, f: impl FnOnce(&mut Bus)) -> Record {
+        let mem = Memory::new(2, 3).unwrap();
+        let mut host = Record::default();
+        let mut bus = Bus::new(Irq(EventFd::new(0).unwrap()), raw, &mut host, &mem);
+        f(&mut bus);
+        bus.flush();
+        drop(bus);
+        host
+    }
+
+    #[test]
+    fn text_of_both_kinds_becomes_lines() {
+        let r = with_bus(false, |b| {
+            b.out(ctl::CONSOLE, b"one\ntw");
+            b.out(COM1, b"k");
+            b.out(COM1, b"\n");
+            b.out(ctl::CONSOLE, b"o");
+        });
+        let want = [
+            (Source::Control, "one"),
+            (Source::Serial, "k"),
+            (Source::Control, "two"),
+        ];
+        assert_eq!(r.lines, want.map(|(s, l)| (s, l.to_owned())));
+    }
+
+    #[test]
+    fn a_terminal_is_passed_on_as_it_is() {
+        let r = with_bus(true, |b| {
+            b.out(COM1, b"$ ");
+        });
+        assert_eq!(r.raw, b"$ ");
+    }
+
+    #[test]
+    fn words_are_answered() {
+        with_bus(false, |b| {
+            let mut w = [0u8; 4];
+            b.input(ctl::COMMAND, &mut w);
+            assert_eq!(u32::from_le_bytes(w), 0x0301);
+            b.input(ctl::TOUCH_PAGES, &mut w);
+            assert_eq!(u32::from_le_bytes(w), 3);
+            b.input(0x1234, &mut w);
+            assert_eq!(w, [0xff; 4]);
+        });
+    }
+
+    #[test]
+    fn ends_are_recognised() {
+        with_bus(false, |b| {
+            assert!(matches!(
+                b.out(ctl::DONE, &7u32.to_le_bytes()),
+                Flow::End(Exit::Done(7))
+            ));
+            assert!(matches!(b.out(0x64, &[0xfe]), Flow::End(Exit::Reset)));
+            assert!(matches!(b.out(0xcf9, &[0x06]), Flow::End(Exit::Reset)));
+            assert!(matches!(b.out(0x64, &[0x20]), Flow::Go));
+        });
+    }
+}

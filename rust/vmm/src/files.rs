@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The files a stack is made of, and where they are.
+//!
+//! | file | what |
+//! | ---- | ---- |
+//! | `DIR/matryoshka.ko` | the module for the kernel of this level |
+//! | `DIR/payload` | the bare-metal payload |
+//! | `DIR/guest/vmlinux` (or bzImage, vmlinuz) | the kernel of the Linux levels |
+//! | `DIR/guest/irqbypass.ko`, `kvm.ko`, `kvm-intel.ko` | its KVM |
+//! | `DIR/guest/matryoshka.ko` | the module for it |
+//!
+//! with DIR /lib/matryoshka by default. A guest gets the same tree, so what was
+//! `DIR/guest` on the host is there once more for the next level.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::stack::Inner;
+use crate::{Error, Result};
+
+/// Where the files are by default.
+pub const DIR: &str = "/lib/matryoshka";
+/// Modules in the order in which they must be loaded.
+pub const KVM_MODULES: [&str; 3] = ["irqbypass", "kvm", "kvm-intel"];
+/// Names of a guest kernel in the order of preference: what need not unpack itself
+/// comes first.
+const KERNELS: [&str; 3] = ["vmlinux", "bzImage", "vmlinuz"];
+
+/// The files.
+#[derive(Debug, Clone)]
+pub struct Files {
+    dir: PathBuf,
+    guest: PathBuf,
+    tool: PathBuf,
+    kernel: Option<PathBuf>,
+    payload: PathBuf,
+    /// Additional files for an innermost Linux: source, and path there.
+    pub extra: Vec<(PathBuf, String)>,
+}
+
+impl Files {
+    /// The files under `dir`, which is [`DIR`] unless a test or a user says
+    /// otherwise; `tool` is this very program.
+    pub fn new(dir: &Path, tool: &Path) -> Files {
+        let guest = dir.join("guest");
+        let kernel = KERNELS.iter().map(|k| guest.join(k)).find(|p| p.is_file());
+        Files {
+            dir: dir.to_owned(),
+            kernel,
+            payload: dir.join("payload"),
+            guest,
+            tool: tool.to_owned(),
+            extra: Vec::new(),
+        }
+    }
+
+    /// Takes kernel and modules of the Linux levels from another directory.
+    pub fn with_guest(mut self, guest: &Path) -> Files {
+        self.guest = guest.to_owned();
+        self.kernel = KERNELS.iter().map(|k| guest.join(k)).find(|p| p.is_file());
+        self
+    }
+
+    /// Takes another payload.
+    pub fn with_payload(mut self, payload: &Path) -> Files {
+        self.payload = payload.to_owned();
+        self
+    }
+
+    /// This program.
+    pub fn tool(&self) -> &Path {
+        &self.tool
+    }
+
+    /// The module for the kernel of this level. It need not be there.
+    pub fn module_here(&self) -> PathBuf {
+        self.dir.join("matryoshka.ko")
+    }
+
+    /// The kernel of the Linux levels.
+    pub fn kernel(&self) -> Result<&Path> {
+        self.kernel.as_deref().ok_or_else(|| {
+            Error::Stack(format!(
+                "no guest kernel: {} has none of {}\n  the lab builds one (scripts/lab setup); --guest DIR names \
+                 another directory",
+                self.guest.display(),
+                KERNELS.join(", ")
+            ))
+        })
+    }
+
+    /// The payload.
+    pub fn payload(&self) -> Result<&Path> {
+        if self.payload.is_file() {
+            return Ok(&self.payload);
+        }
+        Err(Error::Stack(format!(
+            "no payload: {} is not there\n  the lab builds it (scripts/lab setup); --payload FILE names another",
+            self.payload.display()
+        )))
+    }
+
+    /// A KVM module of the Linux levels by name, compressed or not.
+    pub fn guest_module(&self, name: &str) -> Option<PathBuf> {
+        ["ko", "ko.xz", "ko.zst"]
+            .iter()
+            .map(|e| self.guest.join(format!("{name}.{e}")))
+            .find(|p| p.is_file())
+    }
+
+    /// What goes into a guest's initramfs as (path there, source): its KVM and what
+    /// it runs, unless it is the `innermost`; the kernel too when what it runs is
+    /// another Linux (`more`).
+    pub fn for_guest(
+        &self,
+        more: bool,
+        innermost: bool,
+        inner: &Inner,
+    ) -> Result<Vec<(String, PathBuf)>> {
+        let mut out = Vec::new();
+        let mut put = |name: &str, src: &Path| out.push((format!("{DIR}/{name}"), src.to_owned()));
+        let name_of = |p: &Path| {
+            p.file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned()
+        };
+        // An innermost Linux gets them as well when they are there: somebody may
+        // want to start a guest by hand.
+        for name in KVM_MODULES {
+            match self.guest_module(name) {
+                Some(p) => put(&format!("guest/{}", name_of(&p)), &p),
+                // irqbypass may be built in.
+                None if innermost || name == "irqbypass" => {}
+                None => {
+                    return Err(Error::Stack(format!(
+                        "{} has no {name}.ko, so nothing can run inside that guest",
+                        self.guest.display()
+                    )))
+                }
+            }
+        }
+        let module = self.guest.join("matryoshka.ko");
+        if module.is_file() {
+            put("guest/matryoshka.ko", &module);
+        }
+        if more {
+            let k = self.kernel()?;
+            put(&format!("guest/{}", name_of(k)), k);
+        }
+        match inner {
+            Inner::Payload { .. } if !innermost => put("payload", self.payload()?),
+            Inner::Payload { .. } => {}
+            Inner::Linux { .. } => {
+                for (src, dst) in &self.extra {
+                    out.push((dst.clone(), src.clone()));
+                }
+            }
+        }
+        Ok(out)
+    }
+
+    /// MiB of everything that can get into an initramfs, rounded up.
+    pub fn total_mib(&self) -> u64 {
+        let size = |p: &Path| fs::metadata(p).map_or(0, |m| m.len());
+        let mut bytes =
+            size(&self.tool) + size(&self.payload) + size(&self.guest.join("matryoshka.ko"));
+        bytes += self.kernel.as_deref().map_or(0, size);
+        bytes += KVM_MODULES
+            .iter()
+            .filter_map(|m| self.guest_module(m))
+            .map(|p| size(&p))
+            .sum::<u64>();
+        bytes += self.extra.iter().map(|(p, _)| size(p)).sum::<u64>();
+        (bytes >> 20) + 1
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tree(tag: &str, files: &[&str]) -> PathBuf {
+        let root = std::env::temp_dir().join(format!("mtk-files-{tag}-{}", std::process::id()));
+        fs::create_dir_all(root.join("guest")).unwrap();
+        for f in files {
+            fs::write(root.join(f), b"x").unwrap();
+        }
+        root
+    }
+
+    #[test]
+    fn what_is_missing_is_named() {
+        let root = tree("missing", &[]);
+        let f = Files::new(&root, Path::new("/bin/true"));
+        assert!(f
+            .kernel()
+            .unwrap_err()
+            .to_string()
+            .contains("vmlinux, bzImage, vmlinuz"));
+        assert!(f.payload().unwrap_err().to_string().contains("--payload"));
+        let e = f
+            .for_guest(
+                false,
+                false,
+                &Inner::Payload {
+                    args: String::new(),
+                },
+            )
+            .unwrap_err();
+        assert!(e.to_string().contains("kvm.ko"), "{e}");
+        fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn each_level_gets_what_it_needs() {
+        let all = [
+            "payload",
+            "guest/vmlinux",
+            "guest/kvm.ko",
+            "guest/kvm-intel.ko.xz",
+            "guest/matryoshka.ko",
+        ];
+        let root = tree("needs", &all);
+        let f = Files::new(&root, Path::new("/bin/true"));
+        let inner = Inner::Payload {
+            args: String::new(),
+        };
+        let names = |more, innermost| -> Vec<String> {
+            f.for_guest(more, innermost, &inner)
+                .unwrap()
+                .into_iter()
+                .map(|x| x.0)
+                .collect()
+        };
+        let last = names(false, false);
+        assert!(last.contains(&"/lib/matryoshka/payload".to_owned()));
+        assert!(last.contains(&"/lib/matryoshka/guest/kvm-intel.ko.xz".to_owned()));
+        assert!(!last.contains(&"/lib/matryoshka/guest/vmlinux".to_owned()));
+        assert!(names(true, false).contains(&"/lib/matryoshka/guest/vmlinux".to_owned()));
+        fs::remove_dir_all(root).unwrap();
+    }
+}

@@ -1,0 +1,315 @@
+// SPDX-License-Identifier: GPL-2.0
+//! One virtual machine: made from a [`Config`], run to its [`Exit`].
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use kvm_bindings::{kvm_pit_config, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::boot::Entry;
+use crate::device::{Bus, Host, Irq, COM1_IRQ};
+use crate::memory::Memory;
+use crate::{dump, stats, vcpu};
+use crate::{Error, Result};
+
+/// Three pages that KVM needs for real mode on old CPUs, out of every guest's way.
+const TSS_ADDR: usize = 0xfffb_d000;
+/// One page for the same purpose.
+const IDENTITY_MAP_ADDR: u64 = 0xfffb_c000;
+/// The most vCPUs: what the MP table has room for below 640 KiB.
+pub const MAX_CPUS: u8 = 32;
+
+/// What kind of machine.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// vCPUs, 1 to [`MAX_CPUS`].
+    pub cpus: u8,
+    /// Whether there is a PIT (Linux may want one, a payload does not).
+    pub pit: bool,
+    /// COM1 is a terminal: its output goes up raw, and this descriptor is read for
+    /// its input.
+    pub terminal: Option<RawFd>,
+    /// End the machine after this time, if it has not ended itself.
+    pub limit: Option<Duration>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            cpus: 1,
+            pit: true,
+            terminal: None,
+            limit: None,
+        }
+    }
+}
+
+/// How a machine ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Exit {
+    /// The guest said so through the control device.
+    Done(u32),
+    /// The guest reset itself: a reboot, which is also what a panic ends in.
+    Reset,
+    /// Triple fault.
+    Shutdown {
+        /// Registers.
+        dump: String,
+    },
+    /// KVM or the hardware could not go on.
+    Failed {
+        /// Why.
+        what: String,
+        /// Registers.
+        dump: String,
+    },
+    /// The time limit was reached.
+    TimedOut {
+        /// Registers of all vCPUs.
+        dump: String,
+    },
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Exit::Done(status) => write!(f, "ended with status {status}"),
+            Exit::Reset => write!(
+                f,
+                "reset itself (a panic or a reboot; see its last console lines)"
+            ),
+            Exit::Shutdown { dump } => write!(f, "shut down by a triple fault\n{dump}"),
+            Exit::Failed { what, dump } => write!(f, "could not go on: {what}\n{dump}"),
+            Exit::TimedOut { dump } => write!(f, "did not end within its time limit\n{dump}"),
+        }
+    }
+}
+
+/// How a machine ended and what it took.
+#[derive(Debug)]
+pub struct Report {
+    /// The end.
+    pub exit: Exit,
+    /// KVM's statistics of all vCPUs, added up; empty where the kernel has none.
+    pub stats: BTreeMap<String, u64>,
+}
+
+/// A machine ready to run.
+pub struct Machine {
+    // Field order is drop order: KVM's descriptors before the memory they use.
+    vcpus: Vec<VcpuFd>,
+    vm: VmFd,
+    mem: Memory,
+    config: Config,
+}
+
+impl Machine {
+    /// Opens KVM. Apart from [`Machine::new`] so that a caller can find out early.
+    pub fn open_kvm() -> Result<Kvm> {
+        let kvm = Kvm::new().map_err(|e| Error::NoKvm {
+            source: std::io::Error::from_raw_os_error(e.errno()),
+        })?;
+        match kvm.get_api_version() {
+            v if v == KVM_API_VERSION as i32 => Ok(kvm),
+            v => Err(Error::ApiVersion(v)),
+        }
+    }
+
+    /// Makes the machine around `mem`, which holds what `entry` starts.
+    pub fn new(kvm: &Kvm, config: Config, mem: Memory, entry: &Entry) -> Result<Machine> {
+        if config.cpus == 0 || config.cpus > MAX_CPUS {
+            return Err(Error::Stack(format!(
+                "{} CPUs; 1 to {MAX_CPUS} are possible",
+                config.cpus
+            )));
+        }
+        let vm = kvm.create_vm().map_err(Error::kvm("KVM_CREATE_VM"))?;
+        vm.set_tss_address(TSS_ADDR)
+            .map_err(Error::kvm("KVM_SET_TSS_ADDR"))?;
+        vm.set_identity_map_address(IDENTITY_MAP_ADDR)
+            .map_err(Error::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
+        vm.create_irq_chip()
+            .map_err(Error::kvm("KVM_CREATE_IRQCHIP"))?;
+        if config.pit {
+            // The dummy answers port 0x61 in the kernel instead of here.
+            let pit = kvm_pit_config {
+                flags: KVM_PIT_SPEAKER_DUMMY,
+                ..Default::default()
+            };
+            vm.create_pit2(pit).map_err(Error::kvm("KVM_CREATE_PIT2"))?;
+        }
+        mem.register(&vm)?;
+        let cpuid = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(Error::kvm("KVM_GET_SUPPORTED_CPUID"))?;
+        let vcpus = (0..config.cpus)
+            .map(|id| vcpu::create(kvm, &vm, id, config.cpus, entry, &cpuid))
+            .collect::<Result<_>>()?;
+        Ok(Machine {
+            vcpus,
+            vm,
+            mem,
+            config,
+        })
+    }
+
+    /// Runs the machine to its end, each vCPU in a thread of its own.
+    pub fn run(mut self, host: &mut dyn Host) -> Result<Report> {
+        let irq = EventFd::new(0).map_err(|_| Error::os("eventfd"))?;
+        self.vm
+            .register_irqfd(&irq, COM1_IRQ)
+            .map_err(Error::kvm("KVM_IRQFD"))?;
+        let bus = Mutex::new(Bus::new(
+            Irq(irq),
+            self.config.terminal.is_some(),
+            host,
+            &self.mem,
+        ));
+        let over = EventFd::new(0).map_err(|_| Error::os("eventfd"))?;
+        let stop = AtomicBool::new(false);
+        let running = AtomicUsize::new(self.vcpus.len());
+        let kick = install_kick()?;
+        // The pthread id of each vCPU's thread once it runs, 0 before.
+        let ids: Vec<AtomicU64> = self.vcpus.iter().map(|_| AtomicU64::new(0)).collect();
+        let (tx, rx) = mpsc::channel();
+
+        let exit = std::thread::scope(|s| {
+            if let Some(fd) = self.config.terminal {
+                let (bus, over) = (&bus, &over);
+                s.spawn(move || read_terminal(fd, bus, over));
+            }
+            let threads: Vec<_> = self
+                .vcpus
+                .iter_mut()
+                .zip(&ids)
+                .map(|(vcpu, id)| {
+                    let (bus, stop, running, tx) = (&bus, &stop, &running, tx.clone());
+                    s.spawn(move || {
+                        // SAFETY: has no preconditions.
+                        id.store(unsafe { libc::pthread_self() }, Ordering::Release);
+                        let exit = vcpu::run(vcpu, bus, stop);
+                        let dump = exit.is_none().then(|| dump::registers(vcpu));
+                        if let Some(exit) = exit {
+                            // The receiver only goes away after all of us have.
+                            let _ = tx.send(exit);
+                        }
+                        running.fetch_sub(1, Ordering::Release);
+                        dump
+                    })
+                })
+                .collect();
+
+            let first = match self.config.limit {
+                None => rx.recv().ok(),
+                Some(d) => match rx.recv_timeout(d) {
+                    Ok(exit) => Some(exit),
+                    Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
+                },
+            };
+            stop.store(true, Ordering::Release);
+            let _ = over.write(1);
+            // A vCPU may be about to enter KVM_RUN when it is kicked and miss it, so
+            // kick until all have noticed.
+            while running.load(Ordering::Acquire) != 0 {
+                for id in ids
+                    .iter()
+                    .map(|id| id.load(Ordering::Acquire))
+                    .filter(|&id| id != 0)
+                {
+                    // SAFETY: the thread has not been joined, so its id is valid; the
+                    // signal has a handler that does nothing.
+                    unsafe { libc::pthread_kill(id, kick) };
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            let dumps: Vec<String> = threads
+                .into_iter()
+                .filter_map(|t| t.join().ok().flatten())
+                .collect();
+            first.unwrap_or(Exit::TimedOut {
+                dump: dumps.concat(),
+            })
+        });
+        bus.lock().unwrap_or_else(PoisonError::into_inner).flush();
+        drop(bus);
+
+        let mut totals = BTreeMap::new();
+        for v in &self.vcpus {
+            for (k, n) in stats::read(v).unwrap_or_default() {
+                *totals.entry(k).or_insert(0) += n;
+            }
+        }
+        Ok(Report {
+            exit,
+            stats: totals,
+        })
+    }
+}
+
+/// Installs the handler of the signal that gets a vCPU out of KVM_RUN.
+fn install_kick() -> Result<libc::c_int> {
+    extern "C" fn nothing(_: libc::c_int) {}
+    let signal = libc::SIGRTMIN();
+    // SAFETY: an all-zero sigaction is valid; the handler touches nothing, so it is
+    // safe at any point of any thread.
+    let r = unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = nothing as extern "C" fn(libc::c_int) as usize;
+        libc::sigaction(signal, &action, std::ptr::null_mut())
+    };
+    if r != 0 {
+        return Err(Error::os("sigaction"));
+    }
+    Ok(signal)
+}
+
+/// Feeds what is typed at `fd` to COM1 until `over` becomes readable.
+fn read_terminal(fd: RawFd, bus: &Mutex<Bus>, over: &EventFd) {
+    use std::os::fd::AsRawFd;
+    let mut polls = [
+        libc::pollfd {
+            fd,
+            events: libc::POLLIN,
+            revents: 0,
+        },
+        libc::pollfd {
+            fd: over.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        },
+    ];
+    let mut buf = [0u8; 64];
+    loop {
+        // SAFETY: the array is ours and its length is the one given.
+        if unsafe { libc::poll(polls.as_mut_ptr(), 2, -1) } < 0 || polls[1].revents != 0 {
+            return;
+        }
+        // SAFETY: reads at most the buffer's length into the buffer.
+        let n = unsafe { libc::read(fd, buf.as_mut_ptr().cast(), buf.len()) };
+        if n <= 0 {
+            return;
+        }
+        let mut rest = &buf[..n as usize];
+        while !rest.is_empty() {
+            let taken = bus
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .type_in(rest);
+            rest = &rest[taken..];
+            if taken == 0 {
+                // The guest has not read its 64 bytes yet.
+                std::thread::sleep(Duration::from_millis(10));
+                if over.read().is_ok() {
+                    return;
+                }
+            }
+        }
+    }
+}

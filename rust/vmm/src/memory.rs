@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Guest memory: the main memory and the touch region.
+
+use std::ptr::null_mut;
+
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
+use vm_memory::{
+    GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+};
+
+use crate::control::TOUCH_BASE;
+use crate::{Error, Result};
+
+/// Bytes in a 4 KiB page.
+pub const PAGE: usize = 4096;
+/// Bytes in a 2 MiB page: mappings are aligned to it, so that the host can back
+/// guest memory with huge pages. A nested level then takes one EPT violation
+/// where it would take 512.
+const HUGE: usize = 2 << 20;
+/// RAM below 4 GiB ends here; the APICs and the TSS live above.
+const LOW_RAM_END: u64 = 0xc000_0000;
+const HIGH_RAM_START: u64 = 1 << 32;
+
+/// An anonymous mapping of this process, aligned to 2 MiB.
+#[derive(Debug)]
+struct Mapping {
+    raw: *mut libc::c_void,
+    raw_len: usize,
+    start: *mut u8,
+    len: usize,
+}
+
+// SAFETY: the mapping is plain memory owned by this value; nothing in it is tied
+// to the thread that made it.
+unsafe impl Send for Mapping {}
+// SAFETY: as above, and the value offers no access to the memory through `&self`
+// other than the madvise calls, which the kernel serialises.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    fn new(len: usize, advice: libc::c_int) -> Result<Self> {
+        let raw_len = len + HUGE;
+        // SAFETY: a fresh anonymous mapping at an address of the kernel's choice
+        // replaces nothing.
+        let raw = unsafe {
+            libc::mmap(
+                null_mut(),
+                raw_len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if raw == libc::MAP_FAILED {
+            return Err(Error::Memory(format!(
+                "cannot map {} MiB: {}",
+                len >> 20,
+                std::io::Error::last_os_error()
+            )));
+        }
+        let start = (raw as usize).next_multiple_of(HUGE) as *mut u8;
+        let m = Mapping {
+            raw,
+            raw_len,
+            start,
+            len,
+        };
+        // Only speed depends on whether the kernel takes this one.
+        m.advise(len, advice);
+        Ok(m)
+    }
+
+    /// Gives advice about the first `len` bytes.
+    fn advise(&self, len: usize, advice: libc::c_int) -> bool {
+        // SAFETY: the range lies in this mapping; of the advice used here only
+        // MADV_DONTNEED changes contents, and those belong to the guest.
+        unsafe { libc::madvise(self.start.cast(), len.min(self.len), advice) == 0 }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours and every user of it (the VM's file
+        // descriptors, the vm-memory regions) is dropped before, see `Memory`.
+        unsafe { libc::munmap(self.raw, self.raw_len) };
+    }
+}
+
+/// The memory of one guest.
+#[derive(Debug)]
+pub struct Memory {
+    // Field order is drop order: views first, the mappings under them last.
+    guest: GuestMemoryMmap,
+    touch: Option<Mapping>,
+    _main: Vec<Mapping>,
+}
+
+impl Memory {
+    /// Makes `mib` MiB of main memory (split around the hole below 4 GiB) and a
+    /// touch region of `touch_pages` pages of 4 KiB at [`TOUCH_BASE`].
+    pub fn new(mib: u64, touch_pages: u32) -> Result<Self> {
+        let size = mib << 20;
+        let touch_len = touch_pages as usize * PAGE;
+        if touch_len != 0 && (size > TOUCH_BASE || touch_len as u64 > LOW_RAM_END - TOUCH_BASE) {
+            return Err(Error::Memory(
+                "a touch region needs main memory of at most 1 GiB below it and at most 2 GiB of its own"
+                    .into(),
+            ));
+        }
+        let mut main = Vec::new();
+        let mut regions = Vec::new();
+        let low = size.min(LOW_RAM_END);
+        for (base, len) in [(0, low), (HIGH_RAM_START, size - low)] {
+            if len != 0 {
+                let m = Mapping::new(len as usize, libc::MADV_HUGEPAGE)?;
+                regions.push(region(&m, base)?);
+                main.push(m);
+            }
+        }
+        let touch = match touch_len {
+            0 => None,
+            // Small pages: the region exists to be faulted in one by one.
+            n => Some(Mapping::new(n, libc::MADV_NOHUGEPAGE)?),
+        };
+        let guest = GuestMemoryMmap::from_regions(regions)
+            .map_err(|e| Error::Memory(format!("regions: {e}")))?;
+        Ok(Memory {
+            guest,
+            touch,
+            _main: main,
+        })
+    }
+
+    /// Main memory, for loading things into it.
+    pub fn guest(&self) -> &GuestMemoryMmap {
+        &self.guest
+    }
+
+    /// The RAM ranges (start, length) of main memory in ascending order.
+    pub fn ranges(&self) -> Vec<(u64, u64)> {
+        self.guest
+            .iter()
+            .map(|r| (r.start_addr().0, r.len()))
+            .collect()
+    }
+
+    /// 4 KiB pages in the touch region.
+    pub fn touch_pages(&self) -> u32 {
+        self.touch.as_ref().map_or(0, |m| (m.len / PAGE) as u32)
+    }
+
+    /// Takes the backing of the touch region's first `pages` pages away (0: of all
+    /// of them); `populate` backs them anew at once, so that only this machine's
+    /// EPT lacks them. False when it cannot be done.
+    pub fn discard_touch(&self, pages: u32, populate: bool) -> bool {
+        let Some(m) = &self.touch else { return false };
+        let len = match pages as usize * PAGE {
+            0 => m.len,
+            n => n.min(m.len),
+        };
+        m.advise(len, libc::MADV_DONTNEED)
+            && (!populate || m.advise(len, libc::MADV_POPULATE_WRITE))
+    }
+
+    /// Gives all of it to the VM as memory slots.
+    pub(crate) fn register(&self, vm: &VmFd) -> Result<()> {
+        let mut slots: Vec<(u64, u64, u64)> = self
+            .guest
+            .iter()
+            .map(|r| (r.start_addr().0, r.len(), r.as_ptr() as u64))
+            .collect();
+        if let Some(m) = &self.touch {
+            slots.push((TOUCH_BASE, m.len as u64, m.start as u64));
+        }
+        for (slot, (guest_phys_addr, memory_size, userspace_addr)) in slots.into_iter().enumerate()
+        {
+            let region = kvm_userspace_memory_region {
+                slot: slot as u32,
+                flags: 0,
+                guest_phys_addr,
+                memory_size,
+                userspace_addr,
+            };
+            // SAFETY: the range is a mapping of this process that outlives the VM:
+            // `Machine` drops its VM before its `Memory`.
+            unsafe { vm.set_user_memory_region(region) }
+                .map_err(Error::kvm("KVM_SET_USER_MEMORY_REGION"))?;
+        }
+        Ok(())
+    }
+}
+
+/// A vm-memory region over a mapping, at guest-physical `base`.
+fn region(m: &Mapping, base: u64) -> Result<GuestRegionMmap> {
+    // SAFETY: start and length lie within the mapping, which outlives the region
+    // (see the field order of `Memory`).
+    let r = unsafe {
+        MmapRegion::build_raw(
+            m.start,
+            m.len,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+        )
+    }
+    .map_err(|e| Error::Memory(format!("region: {e}")))?;
+    GuestRegionMmap::new(r, GuestAddress(base)).map_err(|e| Error::Memory(format!("region: {e}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::Bytes;
+
+    #[test]
+    fn main_memory_is_split_around_the_hole() {
+        let m = Memory::new(4096, 0).unwrap();
+        assert_eq!(
+            m.ranges(),
+            vec![(0, LOW_RAM_END), (HIGH_RAM_START, 1 << 30)]
+        );
+        assert_eq!(m.touch_pages(), 0);
+        assert!(!m.discard_touch(0, false));
+    }
+
+    #[test]
+    fn memory_reads_back() {
+        let m = Memory::new(4, 0).unwrap();
+        m.guest()
+            .write_obj(0x1234_5678u32, GuestAddress(0x1000))
+            .unwrap();
+        assert_eq!(
+            m.guest().read_obj::<u32>(GuestAddress(0x1000)).unwrap(),
+            0x1234_5678
+        );
+    }
+
+    #[test]
+    fn touch_region_needs_room() {
+        assert_eq!(Memory::new(64, 16).unwrap().touch_pages(), 16);
+        assert!(Memory::new(2048, 16).is_err());
+    }
+
+    #[test]
+    fn discarded_touch_region_reads_zero() {
+        let m = Memory::new(4, 2).unwrap();
+        let p = m.touch.as_ref().unwrap().start;
+        // SAFETY: both pages belong to the touch mapping made above.
+        unsafe { p.write(7) };
+        assert!(m.discard_touch(0, true));
+        // SAFETY: as above.
+        assert_eq!(unsafe { p.read() }, 0);
+    }
+}

@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: GPL-2.0
+//! One virtual CPU: its state at the start and its loop of exits.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use kvm_bindings::{kvm_msr_entry, CpuId, Msrs};
+use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd, VmFd};
+
+use crate::boot::{self, Entry};
+use crate::control::NOP;
+use crate::cpuid::{self, Topology};
+use crate::device::{Bus, Flow};
+use crate::dump;
+use crate::machine::Exit;
+use crate::{Error, Result};
+
+const MSR_IA32_FEATURE_CONTROL: u32 = 0x3a;
+const MSR_IA32_MISC_ENABLE: u32 = 0x1a0;
+const MSR_IA32_MTRR_DEF_TYPE: u32 = 0x2ff;
+/// Locked, VMXON allowed outside SMX: what firmware leaves behind where VMX may be
+/// used. KVM refuses VMXON without it.
+const FEATURE_CONTROL_VMX: u64 = 0b101;
+/// Fast strings; Linux gives up `rep movs` where the bit is clear.
+const MISC_ENABLE_FAST_STRING: u64 = 1;
+/// MTRRs on, default type write-back.
+const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
+
+/// Makes vCPU `id` of `cpus`. The boot processor (id 0) gets `entry`; the others
+/// wait for INIT and SIPI.
+pub(crate) fn create(
+    kvm: &Kvm,
+    vm: &VmFd,
+    id: u8,
+    cpus: u8,
+    entry: &Entry,
+    cpuid: &CpuId,
+) -> Result<VcpuFd> {
+    let vcpu = vm
+        .create_vcpu(id.into())
+        .map_err(Error::kvm("KVM_CREATE_VCPU"))?;
+    let mut cpuid = cpuid.clone();
+    let topology = Topology {
+        apic_id: id.into(),
+        cpus: cpus.into(),
+        tsc_khz: vcpu.get_tsc_khz().map_err(Error::kvm("KVM_GET_TSC_KHZ"))?,
+        tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
+    };
+    cpuid::mend(cpuid.as_mut_slice(), &topology);
+    vcpu.set_cpuid2(&cpuid)
+        .map_err(Error::kvm("KVM_SET_CPUID2"))?;
+    set_msrs(&vcpu, vmx(&cpuid))?;
+    if id == 0 {
+        let mut sregs = vcpu.get_sregs().map_err(Error::kvm("KVM_GET_SREGS"))?;
+        boot::long_mode(&mut sregs);
+        vcpu.set_sregs(&sregs)
+            .map_err(Error::kvm("KVM_SET_SREGS"))?;
+        vcpu.set_regs(&boot::registers(entry))
+            .map_err(Error::kvm("KVM_SET_REGS"))?;
+    }
+    Ok(vcpu)
+}
+
+/// Whether the guest is told that it has VMX (CPUID leaf 1, ECX bit 5).
+fn vmx(cpuid: &CpuId) -> bool {
+    cpuid
+        .as_slice()
+        .iter()
+        .any(|e| e.function == 1 && e.ecx & 1 << 5 != 0)
+}
+
+/// Sets what firmware would have set.
+fn set_msrs(vcpu: &VcpuFd, vmx: bool) -> Result<()> {
+    let entry = |index, data| kvm_msr_entry {
+        index,
+        data,
+        ..Default::default()
+    };
+    let mut list = vec![
+        entry(MSR_IA32_MISC_ENABLE, MISC_ENABLE_FAST_STRING),
+        entry(MSR_IA32_MTRR_DEF_TYPE, MTRR_WRITE_BACK),
+    ];
+    if vmx {
+        list.push(entry(MSR_IA32_FEATURE_CONTROL, FEATURE_CONTROL_VMX));
+    }
+    for e in &mut list {
+        let mut one = Msrs::from_entries(&[*e])
+            .map_err(|_| Error::Memory("no memory for a list of MSRs".into()))?;
+        // Bits that KVM has set in MISC_ENABLE (BTS and PEBS unavailable) stay.
+        if e.index == MSR_IA32_MISC_ENABLE
+            && vcpu
+                .get_msrs(&mut one)
+                .map_err(Error::kvm("KVM_GET_MSRS"))?
+                == 1
+        {
+            e.data |= one.as_slice()[0].data;
+        }
+    }
+    let msrs = Msrs::from_entries(&list)
+        .map_err(|_| Error::Memory("no memory for a list of MSRs".into()))?;
+    let n = vcpu.set_msrs(&msrs).map_err(Error::kvm("KVM_SET_MSRS"))?;
+    if n != list.len() {
+        return Err(Error::Stack(format!(
+            "KVM does not take MSR {:#x}",
+            list[n].index
+        )));
+    }
+    Ok(())
+}
+
+/// Runs until the machine ends or `stop` is set; `None` for the latter.
+pub(crate) fn run(vcpu: &mut VcpuFd, bus: &Mutex<Bus>, stop: &AtomicBool) -> Option<Exit> {
+    // A panic under the lock ends the process (panic=abort), so poison means little.
+    let lock = || bus.lock().unwrap_or_else(PoisonError::into_inner);
+    while !stop.load(Ordering::Acquire) {
+        let bad = match vcpu.run() {
+            Ok(VcpuExit::IoOut(NOP, _)) => continue,
+            Ok(VcpuExit::IoOut(port, data)) => match lock().out(port, data) {
+                Flow::Go => continue,
+                Flow::End(exit) => return Some(exit),
+            },
+            Ok(VcpuExit::IoIn(port, data)) => {
+                lock().input(port, data);
+                continue;
+            }
+            // Nobody lives in MMIO space outside the kernel's irqchip.
+            Ok(VcpuExit::MmioRead(_, data)) => {
+                data.fill(0xff);
+                continue;
+            }
+            Ok(VcpuExit::MmioWrite(..)) => continue,
+            // Only without an in-kernel irqchip or with interrupts off for good.
+            Ok(VcpuExit::Hlt) => Bad::Other("the guest halted for good".into()),
+            Ok(VcpuExit::Shutdown) => Bad::Shutdown,
+            Ok(VcpuExit::SystemEvent(kind, _)) => Bad::Other(format!("system event {kind}")),
+            Ok(VcpuExit::FailEntry(reason, cpu)) => Bad::FailEntry { reason, cpu },
+            Ok(VcpuExit::InternalError) => Bad::Internal,
+            Ok(VcpuExit::Intr) => continue,
+            Ok(other) => Bad::Other(format!("exit to user space that nobody handles: {other:?}")),
+            Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => continue,
+            Err(e) => Bad::Other(format!("KVM_RUN: {e}")),
+        };
+        return Some(explain(vcpu, bad));
+    }
+    None
+}
+
+/// An end that wants a dump, kept apart because the exit borrows the vCPU.
+enum Bad {
+    Shutdown,
+    FailEntry { reason: u64, cpu: u32 },
+    Internal,
+    Other(String),
+}
+
+fn explain(vcpu: &mut VcpuFd, bad: Bad) -> Exit {
+    let dump = dump::registers(vcpu);
+    match bad {
+        Bad::Shutdown => Exit::Shutdown { dump },
+        Bad::FailEntry { reason, cpu } => Exit::Failed {
+            what: format!(
+                "KVM could not enter the guest on CPU {cpu}: {} (reason {reason:#x})",
+                dump::entry_failure(reason)
+            ),
+            dump,
+        },
+        Bad::Internal => {
+            // SAFETY: the exit reason was KVM_EXIT_INTERNAL_ERROR, so `internal` is
+            // the member of the union that the kernel has filled in.
+            let e = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.internal };
+            let n = (e.ndata as usize).min(e.data.len());
+            Exit::Failed {
+                what: format!(
+                    "KVM internal error {}: {} (data {:x?})",
+                    e.suberror,
+                    dump::internal_error(e.suberror),
+                    &e.data[..n]
+                ),
+                dump,
+            }
+        }
+        Bad::Other(what) => Exit::Failed { what, dump },
+    }
+}
