@@ -1,0 +1,274 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The tool as PID 1 of a guest: the init of one level of a stack.
+//!
+//! It mounts what it needs, loads KVM, runs the next level and hands that one's
+//! exit status to its own parent. It never returns.
+
+use std::collections::BTreeMap;
+use std::ffi::CStr;
+use std::fs;
+use std::io::Read;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use vmm::console::{tag, Lines};
+use vmm::files::{Files, DIR, KVM_MODULES};
+use vmm::machine::Exit;
+use vmm::parent::Parent;
+use vmm::stack::{self, Handler, Inner, Local, Spec, SPEC_FILE};
+use vmm::{module, Error};
+
+use crate::term::Raw;
+use crate::Code;
+
+/// Runs this level and ends the machine.
+pub fn main() -> ! {
+    let parent = match Parent::open() {
+        Ok(p) => p,
+        Err(e) => {
+            eprintln!("matryoshka: as PID 1 outside a stack, or in a guest without it: {e}");
+            reboot();
+        }
+    };
+    std::panic::set_hook(Box::new(move |info| {
+        parent.text(&format!("matryoshka init: {info}\n"))
+    }));
+    let status = match level(parent) {
+        Ok(status) => status,
+        Err((level, e)) => {
+            for line in format!("matryoshka: {e}").lines() {
+                parent.text(&format!("{}\n", tag(level, line)));
+            }
+            Code::Failed as u32
+        }
+    };
+    parent.done(status);
+    reboot();
+}
+
+fn level(parent: Parent) -> Result<u32, (u32, Error)> {
+    let spec = stack::read_spec(Path::new(SPEC_FILE)).map_err(|e| (0, e))?;
+    let fail = |e| (spec.level, e);
+    mount(c"devtmpfs", c"/dev").map_err(fail)?;
+    mount(c"proc", c"/proc").map_err(fail)?;
+    mount(c"sysfs", c"/sys").map_err(fail)?;
+    if spec.level == spec.depth {
+        return innermost(&spec, parent).map_err(fail);
+    }
+    let files = Files::new(Path::new(DIR), Path::new("/init"));
+    for name in KVM_MODULES {
+        let params = match name {
+            "kvm-intel" => "nested=1",
+            _ => "",
+        };
+        match files.guest_module(name) {
+            Some(f) => module::load(&f, params).map_err(fail)?,
+            None if name == "irqbypass" => {}
+            None => return Err(fail(Error::Stack(format!("no {name}.ko in this guest")))),
+        }
+    }
+    let console = match spec.interactive() {
+        true => Some(
+            fs::File::open("/dev/ttyS0")
+                .map_err(Error::file(Path::new("/dev/ttyS0")))
+                .map_err(fail)?,
+        ),
+        false => None,
+    };
+    let _raw = console.as_ref().and_then(|c| Raw::new(c.as_raw_fd()));
+    let local = Local {
+        terminal: console.as_ref().map(AsRawFd::as_raw_fd),
+        limit: None,
+    };
+    let outcome = stack::run(&spec, &files, local, &mut Relay(parent)).map_err(fail)?;
+    if spec.verbose {
+        parent.text(&format!(
+            "{}\n",
+            tag(spec.level, &stats_line(&outcome.stats))
+        ));
+    }
+    match outcome.exit {
+        Exit::Done(status) => Ok(status),
+        bad => {
+            let text = format!("matryoshka: L{} {bad}", spec.level + 1);
+            for line in text.lines() {
+                parent.text(&format!("{}\n", tag(spec.level, line)));
+            }
+            Ok(Code::Guest as u32)
+        }
+    }
+}
+
+/// The guest's exits in one line: all, and those of each kind that happened.
+pub fn stats_line(stats: &BTreeMap<String, u64>) -> String {
+    let Some(all) = stats.get("exits") else {
+        return "this kernel does not count exits".into();
+    };
+    let kinds: Vec<String> = stats
+        .iter()
+        .filter(|(k, &n)| k.ends_with("_exits") && n != 0)
+        .map(|(k, n)| format!("{} {n}", k.trim_end_matches("_exits")))
+        .collect();
+    format!("its guest made {all} exits ({})", kinds.join(", "))
+}
+
+/// A level in the middle: everything goes to the parent and comes from it.
+struct Relay(Parent);
+
+impl Handler for Relay {
+    fn next_command(&mut self) -> u32 {
+        self.0.command()
+    }
+
+    fn console_line(&mut self, level: u32, line: &str) {
+        self.0.text(&format!("{}\n", tag(level, line)));
+    }
+
+    fn raw(&mut self, bytes: &[u8]) {
+        self.0.raw(bytes);
+    }
+
+    fn apply(&mut self, round: protocol::Config, level: u32, _: &Path) -> vmm::Result<()> {
+        // In a guest the module for its own kernel is the one for the next guest's.
+        module::apply(round, level, &Path::new(DIR).join("guest/matryoshka.ko"))
+    }
+}
+
+/// The innermost Linux: a command whose output goes up line by line, or a shell.
+fn innermost(spec: &Spec, parent: Parent) -> Result<u32, Error> {
+    let Inner::Linux { command } = &spec.inner else {
+        return Err(Error::Stack("a Linux where the payload should be".into()));
+    };
+    let busybox = Path::new("/bin/busybox");
+    if busybox.exists() {
+        // Its applets by name, as a shell needs them.
+        let _ = Command::new(busybox)
+            .args(["--install", "-s", "/bin"])
+            .status();
+    }
+    let mut cmd = match command.split_first() {
+        Some((program, args)) => {
+            let mut c = Command::new(program);
+            c.args(args);
+            c
+        }
+        None => Command::new("/bin/sh"),
+    };
+    cmd.env("PATH", "/bin:/sbin:/usr/bin:/usr/sbin")
+        .env("HOME", "/")
+        .env("TERM", "linux");
+    if spec.interactive() {
+        // A session of its own with the console as controlling terminal.
+        let tty = Path::new("/dev/ttyS0");
+        let open = || {
+            fs::OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open(tty)
+                .map_err(Error::file(tty))
+        };
+        cmd.stdin(open()?).stdout(open()?).stderr(open()?);
+        // SAFETY: between fork and exec only system calls are made.
+        unsafe {
+            cmd.pre_exec(|| {
+                libc::setsid();
+                libc::ioctl(0, libc::TIOCSCTTY, 0);
+                Ok(())
+            })
+        };
+        let status = cmd.status().map_err(Error::file(Path::new("/bin/sh")))?;
+        return Ok(exit_status(status));
+    }
+    let (mut reader, writer) = pipe()?;
+    let clone = writer.try_clone().map_err(|source| Error::Os {
+        what: "pipe",
+        source,
+    })?;
+    cmd.stdin(Stdio::null()).stdout(clone).stderr(writer);
+    let program = command.first().map_or("/bin/sh", String::as_str);
+    let mut child = cmd.spawn().map_err(Error::file(Path::new(program)))?;
+    drop(cmd); // and with it our ends of the pipe for writing
+    let mut lines = Lines::default();
+    let mut buf = [0u8; 4096];
+    while let Ok(n @ 1..) = reader.read(&mut buf) {
+        lines.push(&buf[..n], |l| {
+            parent.text(&format!("{}\n", tag(spec.level, l)))
+        });
+    }
+    lines.flush(|l| parent.text(&format!("{}\n", tag(spec.level, l))));
+    let status = child.wait().map_err(|source| Error::Os {
+        what: "wait",
+        source,
+    })?;
+    Ok(exit_status(status))
+}
+
+/// A status as shells give it: 128 and the signal for a program that was killed.
+fn exit_status(s: std::process::ExitStatus) -> u32 {
+    match (s.code(), s.signal()) {
+        (Some(c), _) => c as u32,
+        (None, Some(sig)) => 128 + sig as u32,
+        (None, None) => 1,
+    }
+}
+
+/// A pipe's two ends, for reading and for writing.
+fn pipe() -> Result<(fs::File, fs::File), Error> {
+    let mut fds = [0; 2];
+    // SAFETY: writes two descriptors into the array.
+    if unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC) } != 0 {
+        return Err(Error::Os {
+            what: "pipe",
+            source: std::io::Error::last_os_error(),
+        });
+    }
+    // SAFETY: both descriptors are new and nobody else's.
+    Ok(unsafe { (fs::File::from_raw_fd(fds[0]), fs::File::from_raw_fd(fds[1])) })
+}
+
+fn mount(kind: &'static CStr, at: &'static CStr) -> Result<(), Error> {
+    // SAFETY: all three strings end in NUL and are only read; no data is passed.
+    let r = unsafe {
+        libc::mount(
+            kind.as_ptr(),
+            at.as_ptr(),
+            kind.as_ptr(),
+            0,
+            std::ptr::null(),
+        )
+    };
+    // EBUSY: the kernel has mounted it already (CONFIG_DEVTMPFS_MOUNT).
+    if r != 0 && std::io::Error::last_os_error().raw_os_error() != Some(libc::EBUSY) {
+        return Err(Error::Os {
+            what: "mount",
+            source: std::io::Error::last_os_error(),
+        });
+    }
+    Ok(())
+}
+
+/// Resets the machine, for when nobody below listens to the control device.
+fn reboot() -> ! {
+    loop {
+        // SAFETY: ends this machine, which is what PID 1 is for here.
+        unsafe { libc::reboot(libc::RB_AUTOBOOT) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stats_are_one_line() {
+        let s = BTreeMap::from([
+            ("exits".into(), 9),
+            ("io_exits".into(), 4),
+            ("halt_exits".into(), 0),
+        ]);
+        assert_eq!(stats_line(&s), "its guest made 9 exits (io 4)");
+        assert!(stats_line(&BTreeMap::new()).contains("does not count"));
+    }
+}
