@@ -1,0 +1,42 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/* What the assembly and the Rust half of the hook engine share. */
+#ifndef MTK_HOOK_ABI_H
+#define MTK_HOOK_ABI_H
+
+#include "hooks.h"
+
+#ifndef __ASSEMBLY__
+#include <linux/types.h>
+
+#define MTK_HOOK_ENUM(id, mod, sym, nargs) MTK_HOOK_##id,
+enum mtk_hook_id { MTK_HOOKS(MTK_HOOK_ENUM) MTK_HOOK_COUNT };
+
+/**
+ * struct mtk_hook_entry - one line of the table, as trampoline.S lays it out
+ * @module: name of the module that holds the function
+ * @symbol: name of the function
+ * @trampoline: address that ftrace calls
+ * @nargs: how many arguments the function takes
+ */
+struct mtk_hook_entry {
+	const char *module;
+	const char *symbol;
+	unsigned long trampoline;
+	unsigned long nargs;
+};
+
+extern const struct mtk_hook_entry mtk_hook_table[];
+
+/**
+ * mtk_call_stock() - run the stock function past its ftrace call site
+ * @continuation: where the trampoline would have gone on
+ * @a0: first argument
+ * @a1: second argument
+ * @a2: third argument
+ *
+ * IBT forbids an indirect call into the middle of a function; a return is allowed.
+ */
+unsigned long mtk_call_stock(unsigned long continuation, unsigned long a0, unsigned long a1,
+			     unsigned long a2);
+#endif /* __ASSEMBLY__ */
+#endif /* MTK_HOOK_ABI_H */

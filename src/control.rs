@@ -1,0 +1,443 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Who may be attached when: modes that were asked for, the coming and going of kvm_intel, and what
+//! follows for hooks and per-vCPU state. Everything here happens under one mutex that no handler
+//! takes.
+
+use crate::{
+    bindings,
+    hook::{self, AttachError, Attached, HookId},
+    layout,
+    path::{self, checks, exits},
+    policy::mode::Mode,
+    state,
+};
+use core::fmt;
+use kernel::prelude::*;
+
+/// Why a path cannot work on this kernel.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Trouble {
+    /// The function is missing or the compiler changed its arguments.
+    Prototype(HookId),
+    /// The hook could not be attached.
+    Attach(HookId, AttachError),
+}
+
+impl fmt::Display for Trouble {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = |id: HookId| id.symbol().to_str().unwrap_or("?");
+        match *self {
+            Trouble::Prototype(id) | Trouble::Attach(id, AttachError::NoSymbol) => {
+                write!(
+                    f,
+                    "{} is missing here or the compiler changed its arguments",
+                    name(id)
+                )
+            }
+            Trouble::Attach(id, AttachError::Busy) => write!(
+                f,
+                "{} already has another direct call (BPF fentry/fexit or another module)",
+                name(id)
+            ),
+            Trouble::Attach(id, AttachError::NoMemory) => {
+                write!(f, "no memory to hook {}", name(id))
+            }
+            Trouble::Attach(id, AttachError::Ftrace(e)) => {
+                write!(f, "ftrace refused to hook {} (error {e})", name(id))
+            }
+        }
+    }
+}
+
+/// Whether there is a kvm_intel that fits.
+enum Target {
+    /// kvm_intel is not loaded.
+    Absent,
+    /// It is loaded and its layout is the expected one.
+    Ready(layout::Prototypes),
+    /// It is loaded and different.
+    Refused(layout::Mismatch),
+}
+
+struct Control {
+    target: Target,
+    wanted: [Mode; path::COUNT],
+    trouble: [Option<Trouble>; path::COUNT],
+    /// Exit accounting was asked for.
+    accounting: bool,
+    attached: [Option<Attached>; hook::COUNT],
+}
+
+kernel::sync::global_lock! {
+    // SAFETY: `init` is called once, by the module's own init, before anything else here.
+    unsafe(uninit) static CONTROL: Mutex<Control> = Control {
+        target: Target::Absent,
+        wanted: [Mode::Off; path::COUNT],
+        trouble: [None; path::COUNT],
+        accounting: false,
+        attached: [const { None }; hook::COUNT],
+    };
+}
+
+/// Must be called once before anything else here.
+///
+/// # Safety
+///
+/// Not more than once in the module's life.
+pub(crate) unsafe fn init() {
+    // SAFETY: By this function's contract.
+    unsafe { CONTROL.init() };
+}
+
+impl Control {
+    fn needed(&self, id: HookId) -> bool {
+        if !matches!(self.target, Target::Ready(_)) {
+            return false;
+        }
+        let active = |n: usize| self.effective(n) != Mode::Off;
+        let any = (0..path::COUNT).any(active);
+        (path::COMMON_HOOKS.contains(&id) && (any || self.accounting))
+            || (exits::ACCOUNTING.hooks.contains(&id) && self.accounting)
+            || path::PATHS
+                .iter()
+                .enumerate()
+                .any(|(n, p)| active(n) && p.hooks.contains(&id))
+    }
+
+    /// The mode that a path can have now.
+    fn effective(&self, number: usize) -> Mode {
+        let possible = matches!(self.target, Target::Ready(_))
+            && self.trouble.get(number).is_some_and(Option::is_none);
+        if possible {
+            self.wanted.get(number).copied().unwrap_or(Mode::Off)
+        } else {
+            Mode::Off
+        }
+    }
+
+    fn is_attached(&self, id: HookId) -> bool {
+        self.attached.iter().flatten().any(|a| a.id() == id)
+    }
+
+    fn detach_unneeded(&mut self) {
+        for id in HookId::all() {
+            if !self.needed(id) && !path::COMMON_HOOKS.contains(&id) {
+                self.detach(id);
+            }
+        }
+        if path::COMMON_HOOKS.iter().any(|&id| self.needed(id)) {
+            return;
+        }
+        // SAFETY: The handlers that make or use states are those of the paths and of the
+        // accounting, all off and drained now; the common ones only drop or clear, under the
+        // table's mutex or for a vCPU whose state is gone.
+        unsafe { state::forget_all() };
+        for &id in path::COMMON_HOOKS {
+            self.detach(id);
+        }
+    }
+
+    fn detach(&mut self, id: HookId) {
+        for slot in self
+            .attached
+            .iter_mut()
+            .filter(|s| s.as_ref().is_some_and(|a| a.id() == id))
+        {
+            // Dropping waits until nobody is inside.
+            *slot = None;
+        }
+    }
+
+    fn attach(&mut self, id: HookId) -> Result<(), AttachError> {
+        if self.is_attached(id) {
+            return Ok(());
+        }
+        let attached = Attached::attach(id)?;
+        if let Some(slot) = self.attached.iter_mut().find(|s| s.is_none()) {
+            *slot = Some(attached);
+        }
+        Ok(())
+    }
+
+    /// Makes hooks and modes what they should be. Off comes first and on comes last, so that no
+    /// handler ever finds a mode without the hooks that keep its state honest.
+    fn apply(&mut self) {
+        for n in (0..path::COUNT).filter(|&n| self.effective(n) == Mode::Off) {
+            path::set_mode(n, Mode::Off);
+        }
+        self.detach_unneeded();
+
+        for (n, p) in path::PATHS.iter().enumerate() {
+            if self.effective(n) == Mode::Off {
+                continue;
+            }
+            for id in p.all_hooks() {
+                if let Err(e) = self.attach(id) {
+                    let trouble = Trouble::Attach(id, e);
+                    pr_warn!("path {} stays off: {}\n", Show(p.name), Show(trouble));
+                    if let Some(t) = self.trouble.get_mut(n) {
+                        *t = Some(trouble);
+                    }
+                    break;
+                }
+            }
+        }
+        if self.accounting && matches!(self.target, Target::Ready(_)) {
+            for id in exits::ACCOUNTING.all_hooks() {
+                if let Err(e) = self.attach(id) {
+                    self.accounting = false;
+                    let trouble = Trouble::Attach(id, e);
+                    pr_warn!("no exit accounting: {}\n", Show(trouble));
+                    break;
+                }
+            }
+        }
+        // A path that failed half-way leaves hooks that nobody needs.
+        self.detach_unneeded();
+        for n in 0..path::COUNT {
+            path::set_mode(n, self.effective(n));
+        }
+    }
+
+    fn meet(&mut self, fault: usize) {
+        match layout::check(fault) {
+            Ok(prototypes) => {
+                for (n, p) in path::PATHS.iter().enumerate() {
+                    let bad = p.all_hooks().find(|&id| {
+                        let mut all = HookId::all().zip(prototypes);
+                        !all.any(|(other, ok)| other == id && ok)
+                    });
+                    if let Some(t) = self.trouble.get_mut(n) {
+                        *t = bad.map(Trouble::Prototype);
+                    }
+                }
+                self.target = Target::Ready(prototypes);
+                checks::prepare();
+            }
+            Err(mismatch) => self.target = Target::Refused(mismatch),
+        }
+    }
+}
+
+/// Lets `core::fmt` things through the kernel's `fmt!`, and C strings without quotes.
+struct Show<T>(T);
+
+impl kernel::fmt::Display for Show<Trouble> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}
+
+impl kernel::fmt::Display for Show<&kernel::str::CStr> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0.to_str().unwrap_or("?"))
+    }
+}
+
+impl kernel::fmt::Display for Show<&layout::Mismatch> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self.0, f)
+    }
+}
+
+/// kvm_intel is there (at load, or because it was loaded just now): look at it and attach what was
+/// asked for. `EINVAL` if its layout differs; the log has the structure's name.
+pub(crate) fn kvm_intel_came(fault: usize) -> Result {
+    let mut control = CONTROL.lock();
+    control.meet(fault);
+    control.apply();
+    if let Target::Refused(mismatch) = &control.target {
+        pr_err!("{}\n", Show(mismatch));
+        return Err(EINVAL);
+    }
+    Ok(())
+}
+
+/// kvm_intel is about to go (no vCPU is left): everything off, modes that were asked for kept.
+pub(crate) fn kvm_intel_goes() {
+    let mut control = CONTROL.lock();
+    control.target = Target::Absent;
+    control.apply();
+}
+
+/// This module is about to go: everything off, drained and dropped.
+pub(crate) fn shut_down() {
+    let mut control = CONTROL.lock();
+    control.wanted = [Mode::Off; path::COUNT];
+    control.accounting = false;
+    control.apply();
+}
+
+/// Asks for a mode. `EOPNOTSUPP` when the path cannot work here (its `state` says why); while
+/// kvm_intel is not loaded the wish is kept.
+pub(crate) fn set_mode(number: usize, mode: Mode) -> Result {
+    let mut control = CONTROL.lock();
+    if mode != Mode::Off {
+        // An attachment that failed may work now.
+        if let Some(t) = control.trouble.get_mut(number) {
+            if matches!(t, Some(Trouble::Attach(..))) {
+                *t = None;
+            }
+        }
+    }
+    *control.wanted.get_mut(number).ok_or(EINVAL)? = mode;
+    control.apply();
+    let refused = matches!(control.target, Target::Refused(_));
+    let works = control.effective(number) == mode || matches!(control.target, Target::Absent);
+    if refused || !works {
+        if let Some(w) = control.wanted.get_mut(number) {
+            *w = Mode::Off;
+        }
+        return Err(EOPNOTSUPP);
+    }
+    Ok(())
+}
+
+/// The mode that was last asked for.
+pub(crate) fn wanted(number: usize) -> Mode {
+    CONTROL
+        .lock()
+        .wanted
+        .get(number)
+        .copied()
+        .unwrap_or(Mode::Off)
+}
+
+/// Switches exit accounting.
+pub(crate) fn set_accounting(on: bool) -> Result {
+    let mut control = CONTROL.lock();
+    control.accounting = on;
+    control.apply();
+    if control.accounting == on {
+        Ok(())
+    } else {
+        Err(EOPNOTSUPP)
+    }
+}
+
+/// Whether exit accounting is on.
+pub(crate) fn accounting() -> bool {
+    CONTROL.lock().accounting
+}
+
+/// Writes one word (and a reason) about the running kernel: `yes`, `no: …`, `unknown: …`.
+pub(crate) fn describe_match(out: &mut dyn fmt::Write) -> fmt::Result {
+    match &CONTROL.lock().target {
+        Target::Ready(_) => writeln!(out, "yes"),
+        Target::Refused(mismatch) => writeln!(out, "no: {mismatch}"),
+        Target::Absent => writeln!(out, "unknown: kvm_intel is not loaded"),
+    }
+}
+
+/// Writes the state of a path: `active`, `ready`, `waiting: …` or `unavailable: …`.
+pub(crate) fn describe_path(number: usize, out: &mut dyn fmt::Write) -> fmt::Result {
+    let control = CONTROL.lock();
+    match (
+        &control.target,
+        control.trouble.get(number).copied().flatten(),
+    ) {
+        (Target::Absent, _) => writeln!(out, "waiting: kvm_intel is not loaded"),
+        (Target::Refused(mismatch), _) => writeln!(out, "unavailable: {mismatch}"),
+        (Target::Ready(_), Some(trouble)) => writeln!(out, "unavailable: {trouble}"),
+        (Target::Ready(_), None) if control.effective(number) == Mode::Off => {
+            writeln!(out, "ready")
+        }
+        (Target::Ready(_), None) => writeln!(out, "active"),
+    }
+}
+
+/// Writes a line for each hook point: module, function, prototype, attached or not, tasks inside.
+pub(crate) fn describe_hooks(out: &mut dyn fmt::Write) -> fmt::Result {
+    let control = CONTROL.lock();
+    for id in HookId::all() {
+        let prototype = match &control.target {
+            Target::Ready(p) => {
+                let mut all = HookId::all().zip(p);
+                if all.any(|(other, ok)| other == id && *ok) {
+                    "known"
+                } else {
+                    "unfit"
+                }
+            }
+            _ => "unknown",
+        };
+        writeln!(
+            out,
+            "{} {} {} {} {} {:#x}",
+            id.module().to_str().unwrap_or("?"),
+            id.symbol().to_str().unwrap_or("?"),
+            prototype,
+            match (control.is_attached(id), id.livepatched()) {
+                (true, false) => "attached",
+                (true, true) => "livepatched",
+                (false, _) => "off",
+            },
+            id.in_flight(),
+            id.address()
+        )?;
+    }
+    Ok(())
+}
+
+/// Called by the kernel when any module comes or goes.
+unsafe extern "C" fn module_event(
+    _nb: *mut bindings::notifier_block,
+    event: usize,
+    data: *mut kernel::ffi::c_void,
+) -> kernel::ffi::c_int {
+    // SAFETY: The notifier chain of modules passes a `struct module *` whose name is a
+    // NUL-terminated array.
+    let name = unsafe {
+        kernel::str::CStr::from_char_ptr(
+            (&raw const (*data.cast::<bindings::module>()).name).cast(),
+        )
+    };
+    if name.to_bytes() == b"kvm_intel" {
+        match event as bindings::module_state {
+            // Its init has run: symbols and BTF are in place.
+            bindings::module_state_MODULE_STATE_LIVE => {
+                let _ = kvm_intel_came(0);
+            }
+            bindings::module_state_MODULE_STATE_GOING => kvm_intel_goes(),
+            _ => {}
+        }
+    }
+    0 // NOTIFY_DONE
+}
+
+/// Registration with the kernel's module notifier; dropping it unregisters.
+pub(crate) struct Notifier(KBox<bindings::notifier_block>);
+
+// SAFETY: The block is only touched by the notifier chain's own functions.
+unsafe impl Send for Notifier {}
+// SAFETY: As above.
+unsafe impl Sync for Notifier {}
+
+impl Notifier {
+    /// Starts listening.
+    pub(crate) fn register() -> Result<Self> {
+        let block = bindings::notifier_block {
+            notifier_call: Some(module_event),
+            ..Default::default()
+        };
+        let mut block = KBox::new(block, GFP_KERNEL)?;
+        // SAFETY: The box does not move and is unregistered before it is freed.
+        to_result(unsafe { bindings::register_module_notifier(&mut *block) })?;
+        Ok(Self(block))
+    }
+}
+
+impl Drop for Notifier {
+    fn drop(&mut self) {
+        // SAFETY: Registered by `register`.
+        unsafe { bindings::unregister_module_notifier(&mut *self.0) };
+    }
+}
+
+fn to_result(ret: kernel::ffi::c_int) -> Result {
+    if ret < 0 {
+        Err(Error::from_errno(ret))
+    } else {
+        Ok(())
+    }
+}

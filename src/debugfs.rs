@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: GPL-2.0
+//! `/sys/kernel/debug/matryoshka/`: exit accounting.
+//!
+//! `exits_enable` takes 0 or 1; `exits` has a line for each basic exit reason that occurred:
+//! reason, exits from L1, exits from L2 and deeper.
+
+use crate::{control, path};
+use kernel::{
+    c_str,
+    debugfs::{Dir, File},
+    fmt,
+    prelude::*,
+    uaccess::UserSliceReader,
+};
+
+/// The files; dropping them removes them.
+#[pin_data]
+pub(crate) struct Files {
+    #[pin]
+    exits: File<()>,
+    #[pin]
+    enable: File<()>,
+    _dir: Dir,
+}
+
+fn show_exits(_: &(), f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    let Ok(total) = path::total_exits() else {
+        return Err(fmt::Error);
+    };
+    for (reason, l1, l2) in total.rows() {
+        writeln!(f, "{reason} {l1} {l2}")?;
+    }
+    Ok(())
+}
+
+fn show_enable(_: &(), f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    writeln!(f, "{}", u8::from(control::accounting()))
+}
+
+fn store_enable(_: &(), reader: &mut UserSliceReader) -> Result {
+    let mut text = [0u8; 2];
+    let n = reader.len().min(2);
+    reader.read_slice(text.get_mut(..n).ok_or(EINVAL)?)?;
+    match text.trim_ascii_end() {
+        [b'0', ..] => control::set_accounting(false),
+        [b'1', ..] => control::set_accounting(true),
+        _ => Err(EINVAL),
+    }
+}
+
+impl Files {
+    /// Makes the files. Without debugfs there are none, which is no error.
+    pub(crate) fn new() -> impl PinInit<Self, Error> {
+        let dir = Dir::new(c_str!("matryoshka"));
+        try_pin_init!(Self {
+            exits <- dir.read_callback_file(c_str!("exits"), (), &show_exits),
+            enable <- dir.read_write_callback_file(c_str!("exits_enable"), (), &show_enable, &store_enable),
+            _dir: dir,
+        })
+    }
+}

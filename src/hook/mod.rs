@@ -1,0 +1,294 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The hook engine: attaches the trampolines of `include/hooks.h` to KVM's functions with ftrace
+//! direct calls and takes them off again, under load, without losing a task inside one.
+//!
+//! Life of a trampoline. `attach` resolves the function and registers the direct call. `detach`
+//! unregisters it; ftrace waits there for an RCU-tasks grace period, after which no task is
+//! between the patched call and the handler's first instruction, unless it has slept in the
+//! handler. A handler therefore never sleeps outside an [`InFlight`] section, and `detach` waits
+//! for these to drain and for one more grace period, which covers the few instructions from the
+//! end of the section to the trampoline's return.
+//!
+//! A handler runs on the vCPU's own thread with the vCPU's mutex held, so that the vCPU's state is
+//! its own. What it must not do: panic, take a lock that a sysfs writer holds while detaching,
+//! allocate without bound.
+
+mod resolve;
+
+use crate::bindings;
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use kernel::{prelude::*, str::CStr};
+
+/// How many lines `include/hooks.h` has.
+pub(crate) const COUNT: usize = bindings::mtk_hook_id_MTK_HOOK_COUNT as usize;
+
+/// A line of the table in `include/hooks.h`.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct HookId(usize);
+
+macro_rules! hook_ids {
+    ($($name:ident = $id:ident;)*) => {
+        impl HookId {
+            $(
+                #[doc = concat!("The hook point `", stringify!($id), "`.")]
+                pub(crate) const $name: HookId = HookId(bindings::$id as usize);
+            )*
+        }
+    };
+}
+
+hook_ids! {
+    CHECK_CONTROLS = mtk_hook_id_MTK_HOOK_check_controls;
+    CHECK_HOST_STATE = mtk_hook_id_MTK_HOOK_check_host_state;
+    CHECK_GUEST_STATE = mtk_hook_id_MTK_HOOK_check_guest_state;
+    GUEST_STATE_VALID = mtk_hook_id_MTK_HOOK_guest_state_valid;
+    FREE_VCPU = mtk_hook_id_MTK_HOOK_free_vcpu;
+    VCPU_IOCTL = mtk_hook_id_MTK_HOOK_vcpu_ioctl;
+    HANDLE_EXIT = mtk_hook_id_MTK_HOOK_handle_exit;
+}
+
+impl HookId {
+    /// All hook points, in the table's order.
+    pub(crate) fn all() -> impl Iterator<Item = HookId> {
+        (0..COUNT).map(HookId)
+    }
+
+    fn entry(self) -> &'static bindings::mtk_hook_entry {
+        // SAFETY: trampoline.S defines the table with exactly `COUNT` entries in read-only data,
+        // and a `HookId` is only made from the enum that the same list generates.
+        unsafe {
+            &*(&raw const bindings::mtk_hook_table)
+                .cast::<bindings::mtk_hook_entry>()
+                .add(self.0)
+        }
+    }
+
+    /// Name of the module that holds the function.
+    pub(crate) fn module(self) -> &'static CStr {
+        // SAFETY: trampoline.S makes this a NUL-terminated string in read-only data.
+        unsafe { CStr::from_char_ptr(self.entry().module) }
+    }
+
+    /// Name of the function.
+    pub(crate) fn symbol(self) -> &'static CStr {
+        // SAFETY: As in `module`.
+        unsafe { CStr::from_char_ptr(self.entry().symbol) }
+    }
+
+    /// Number of arguments that the function takes.
+    pub(crate) fn nargs(self) -> usize {
+        self.entry().nargs as usize
+    }
+
+    fn hook(self) -> &'static Hook {
+        &HOOKS[self.0]
+    }
+
+    /// Where the function was found; 0 while the hook is off.
+    pub(crate) fn address(self) -> usize {
+        self.hook().address.load(Ordering::Relaxed)
+    }
+
+    /// How many tasks sleep, or may sleep, in this hook's handler right now.
+    pub(crate) fn in_flight(self) -> u32 {
+        self.hook().in_flight.load(Ordering::Relaxed)
+    }
+
+    /// Whether a livepatch has taken the function over, so that the stock answer is the patch's.
+    pub(crate) fn livepatched(self) -> bool {
+        self.hook().bypass.load(Ordering::Relaxed)
+    }
+}
+
+/// What a handler answers; the trampoline reads it from RAX and RDX.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Verdict {
+    handled: usize,
+    value: usize,
+}
+
+impl Verdict {
+    /// Let the stock function run.
+    pub(crate) const STOCK: Verdict = Verdict {
+        handled: 0,
+        value: 0,
+    };
+
+    /// Whether the caller gets 0 from the handler.
+    #[inline(always)]
+    pub(crate) const fn is_zero(self) -> bool {
+        self.handled == 1 && self.value == 0
+    }
+
+    /// Return `value` to the function's caller instead of running the stock function.
+    #[inline(always)]
+    pub(crate) const fn handled(value: usize) -> Verdict {
+        Verdict { handled: 1, value }
+    }
+}
+
+/// Where the stock function goes on when its trampoline does not handle the call.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+pub(crate) struct Continuation(usize);
+
+/// State of one hook point.
+struct Hook {
+    /// Tasks inside a section that may sleep.
+    in_flight: AtomicU32,
+    /// A livepatch owns the function: handlers stand back.
+    bypass: AtomicBool,
+    /// Address of the function, 0 while detached.
+    address: AtomicUsize,
+}
+
+static HOOKS: [Hook; COUNT] = [const {
+    Hook {
+        in_flight: AtomicU32::new(0),
+        bypass: AtomicBool::new(false),
+        address: AtomicUsize::new(0),
+    }
+}; COUNT];
+
+/// A section of a handler that may sleep; `detach` waits until all have ended.
+pub(crate) struct InFlight(HookId);
+
+impl InFlight {
+    /// Opens the section.
+    #[inline]
+    pub(crate) fn enter(id: HookId) -> Self {
+        id.hook().in_flight.fetch_add(1, Ordering::Acquire);
+        Self(id)
+    }
+
+    /// Runs the stock function past its ftrace call site and returns its RAX.
+    ///
+    /// # Safety
+    ///
+    /// `cont` is the continuation that the trampoline of this hook passed to the running handler,
+    /// and `args` are arguments that the stock function may be called with.
+    pub(crate) unsafe fn call_stock(&self, cont: Continuation, args: [usize; 3]) -> usize {
+        // SAFETY: By this function's contract. Unused argument registers are caller-saved, so
+        // passing more than the function takes is harmless.
+        unsafe { bindings::mtk_call_stock(cont.0, args[0], args[1], args[2]) }
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.hook().in_flight.fetch_sub(1, Ordering::Release);
+    }
+}
+
+/// Why a hook could not be attached.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum AttachError {
+    /// The running kernel has no function of that name, or only a variant that the compiler
+    /// changed (`.isra.0`, `.constprop.0`).
+    NoSymbol,
+    /// BPF or another module already has a direct call on the function.
+    Busy,
+    /// No memory.
+    NoMemory,
+    /// ftrace refused for another reason, with its error code.
+    Ftrace(i32),
+}
+
+/// A direct call that is registered; dropping it takes the hook off and waits until nobody is in.
+pub(crate) struct Attached {
+    id: HookId,
+    ops: KBox<bindings::ftrace_ops>,
+}
+
+// SAFETY: `ftrace_ops` is only touched by `attach` and `drop`, and ftrace takes its own locks.
+unsafe impl Send for Attached {}
+
+impl Attached {
+    /// Puts the trampoline of `id` on its function.
+    pub(crate) fn attach(id: HookId) -> Result<Self, AttachError> {
+        let address = resolve::address(id).ok_or(AttachError::NoSymbol)?;
+        let ops = bindings::ftrace_ops {
+            ops_func: Some(share_with_livepatch),
+            ..Default::default()
+        };
+        let mut ops = KBox::new(ops, GFP_KERNEL).map_err(|_| AttachError::NoMemory)?;
+
+        let hook = id.hook();
+        hook.bypass.store(false, Ordering::Relaxed);
+        hook.address.store(address, Ordering::Relaxed);
+
+        // SAFETY: `ops` is zeroed but for `ops_func`, is not registered, and its box does not move.
+        let mut ret = unsafe { bindings::ftrace_set_filter_ip(&mut *ops, address, 0, 0) };
+        if ret == 0 {
+            // SAFETY: As above; the trampoline keeps the ABI that ftrace demands of a direct call
+            // and lives until `drop` has seen the last task leave it.
+            ret = unsafe { bindings::register_ftrace_direct(&mut *ops, id.entry().trampoline) };
+        }
+        if ret != 0 {
+            hook.address.store(0, Ordering::Relaxed);
+            // SAFETY: Frees the filter hash that `ftrace_set_filter_ip` may have allocated; `ops`
+            // is not registered.
+            unsafe { bindings::ftrace_free_filter(&mut *ops) };
+            return Err(match ret {
+                r if r == EBUSY.to_errno() => AttachError::Busy,
+                r if r == ENOMEM.to_errno() => AttachError::NoMemory,
+                r => AttachError::Ftrace(r),
+            });
+        }
+        Ok(Self { id, ops })
+    }
+
+    /// The hook point that this keeps attached.
+    pub(crate) fn id(&self) -> HookId {
+        self.id
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        let hook = self.id.hook();
+        // SAFETY: `attach` registered `ops` with this trampoline.
+        let ret = unsafe {
+            bindings::unregister_ftrace_direct(&mut *self.ops, self.id.entry().trampoline, true)
+        };
+        if ret != 0 {
+            // ftrace turned itself off after a bug elsewhere (-ENODEV). The call site may still
+            // point here and nothing can change that any more.
+            pr_err!(
+                "ftrace refuses to release {:?}: {}\n",
+                self.id.symbol(),
+                ret
+            );
+        }
+        while hook.in_flight.load(Ordering::Acquire) != 0 {
+            // SAFETY: Process context without locks that a handler takes.
+            unsafe { bindings::msleep(1) };
+        }
+        // SAFETY: Process context; may sleep.
+        unsafe { bindings::synchronize_rcu_tasks() };
+        hook.address.store(0, Ordering::Relaxed);
+    }
+}
+
+/// ftrace asks here when a livepatch (which changes the continuation) comes to or leaves a function
+/// that we have a direct call on. We share: the trampoline goes on wherever ftrace says, and
+/// handlers stand back so that every call reaches the patch.
+unsafe extern "C" fn share_with_livepatch(
+    ops: *mut bindings::ftrace_ops,
+    _ip: usize,
+    cmd: bindings::ftrace_ops_cmd,
+) -> kernel::ffi::c_int {
+    let bypass = match cmd {
+        bindings::ftrace_ops_cmd_FTRACE_OPS_CMD_ENABLE_SHARE_IPMODIFY_SELF
+        | bindings::ftrace_ops_cmd_FTRACE_OPS_CMD_ENABLE_SHARE_IPMODIFY_PEER => true,
+        bindings::ftrace_ops_cmd_FTRACE_OPS_CMD_DISABLE_SHARE_IPMODIFY_PEER => false,
+        _ => return EINVAL.to_errno(),
+    };
+    // SAFETY: ftrace passes the ops that `attach` registered; `direct_call` holds our trampoline.
+    let trampoline = unsafe { (*ops).direct_call };
+    for id in HookId::all().filter(|id| id.entry().trampoline == trampoline) {
+        id.hook().bypass.store(bypass, Ordering::Relaxed);
+    }
+    0
+}

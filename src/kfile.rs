@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Reads small files of sysfs from inside the kernel: BTF and other modules' parameters have no
+//! interface that is exported to modules.
+
+use crate::bindings;
+use kernel::{prelude::*, str::CStr};
+
+/// Nothing that the module reads is near this: the kernel's BTF is under 10 MiB.
+const MAX_SIZE: usize = 64 << 20;
+const CHUNK: usize = 64 << 10;
+
+/// An open file; dropping it closes it.
+struct File(*mut bindings::file);
+
+impl File {
+    fn open(path: &CStr) -> Result<Self> {
+        // SAFETY: `path` is a NUL-terminated string.
+        let file = unsafe {
+            bindings::filp_open(path.as_char_ptr(), 0 /* O_RDONLY */, 0)
+        };
+        let code = file as isize;
+        if (-4095..0).contains(&code) {
+            return Err(Error::from_errno(code as i32));
+        }
+        Ok(Self(file))
+    }
+
+    fn read(&self, buf: &mut [u8], pos: &mut i64) -> Result<usize> {
+        // SAFETY: `buf` is valid for writes of its length and the file is open.
+        let n = unsafe { bindings::kernel_read(self.0, buf.as_mut_ptr().cast(), buf.len(), pos) };
+        usize::try_from(n).map_err(|_| Error::from_errno(n as i32))
+    }
+}
+
+impl Drop for File {
+    fn drop(&mut self) {
+        // SAFETY: Opened by `open` and closed only here.
+        unsafe { bindings::filp_close(self.0, core::ptr::null_mut()) };
+    }
+}
+
+/// The whole content of `path`.
+///
+/// Process context. Errors are the kernel's for opening and reading it, `EFBIG` for a file over
+/// 64 MiB, `ENOMEM`.
+pub(crate) fn read(path: &CStr) -> Result<KVVec<u8>> {
+    let file = File::open(path)?;
+    let mut data = KVVec::new();
+    let mut chunk = KVVec::from_elem(0u8, CHUNK, GFP_KERNEL)?;
+    let mut pos = 0;
+    loop {
+        let n = file.read(&mut chunk, &mut pos)?;
+        let Some(part) = chunk.get(..n).filter(|p| !p.is_empty()) else {
+            return Ok(data);
+        };
+        if data.len() + n > MAX_SIZE {
+            return Err(EFBIG);
+        }
+        data.extend_from_slice(part, GFP_KERNEL)?;
+    }
+}

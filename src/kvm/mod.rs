@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Safe views of KVM's structures, for use inside a hook's handler.
+
+pub(crate) mod vcpu;
+pub(crate) mod vmcs12;
+pub(crate) mod vmx;
+
+pub(crate) use vcpu::Vcpu;
+pub(crate) use vmcs12::Vmcs12;

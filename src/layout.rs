@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The layout check: before anything is hooked, the structures that this module was compiled
+//! against are compared with the BTF of the running kernel and of the loaded KVM modules.
+
+use crate::{
+    bindings, hook, kfile,
+    policy::btf::{Blob, Btf},
+};
+use core::mem::{offset_of, size_of};
+use kernel::{c_str, prelude::*, str::CStr, str::CString};
+
+struct Expected {
+    name: &'static str,
+    size: usize,
+    members: &'static [(&'static str, usize)],
+}
+
+macro_rules! expect {
+    ($($name:ident { $($member:ident),* $(,)? })*) => {
+        [$(Expected {
+            name: stringify!($name),
+            size: size_of::<bindings::$name>(),
+            members: &[$((stringify!($member), offset_of!(bindings::$name, $member))),*],
+        }),*]
+    };
+}
+
+/// Every structure that the module reads or writes, with the members that it touches.
+static EXPECTED: &[Expected] = &expect! {
+    vcpu_vmx { vcpu, vt, rflags, vmcs01, loaded_vmcs, rmode, segment_cache, nested }
+    vcpu_vt { exit_reason }
+    nested_vmx { current_vmptr, cached_vmcs12, vmcs02, dirty_vmcs12, msrs }
+    vmcs12 {
+        io_bitmap_a, vmcs_link_pointer, cr0_guest_host_mask, guest_cr0, host_cr0,
+        pin_based_vm_exec_control, guest_activity_state, virtual_processor_id, host_tr_selector,
+        guest_pml_index,
+    }
+    kvm_vcpu { kvm, arch, run }
+    kvm_vcpu_arch { regs_avail, cr0, cr4, hflags, nested_run_pending }
+    kvm { arch }
+    kvm_arch { disabled_quirks }
+};
+
+/// Why the running kernel is not the one that this module was built for.
+pub(crate) enum Mismatch {
+    /// A file of BTF could not be read; its path and the error.
+    NoBtf(&'static CStr, Error),
+    /// The file is not BTF; its path.
+    Malformed(&'static CStr),
+    /// The kernel has no structure of this name.
+    Missing(&'static str),
+    /// Structure, its size here, its size there.
+    Size(&'static str, usize, usize),
+    /// Structure, member, its offset here, its offset there (`None`: no such member).
+    Member(&'static str, &'static str, usize, Option<usize>),
+}
+
+impl core::fmt::Display for Mismatch {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match *self {
+            Mismatch::NoBtf(path, e) => write!(
+                f,
+                "cannot read {} (error {}); the kernel needs CONFIG_DEBUG_INFO_BTF_MODULES and KVM as modules",
+                path.to_str().unwrap_or("?"),
+                e.to_errno()
+            ),
+            Mismatch::Malformed(path) => write!(f, "{} is not BTF", path.to_str().unwrap_or("?")),
+            Mismatch::Missing(s) => write!(f, "this kernel has no struct {s}"),
+            Mismatch::Size(s, here, there) => write!(
+                f,
+                "struct {s} has {there} bytes in this kernel and {here} where the module was built; rebuild it for this kernel"
+            ),
+            Mismatch::Member(s, m, here, Some(there)) => write!(
+                f,
+                "struct {s}: member {m} is at {there} in this kernel and at {here} where the module was built; rebuild it for this kernel"
+            ),
+            Mismatch::Member(s, m, _, None) => {
+                write!(f, "struct {s}: this kernel has no member {m}; rebuild the module for it")
+            }
+        }
+    }
+}
+
+const VMLINUX: &CStr = c_str!("/sys/kernel/btf/vmlinux");
+const KVM: &CStr = c_str!("/sys/kernel/btf/kvm");
+const KVM_INTEL: &CStr = c_str!("/sys/kernel/btf/kvm_intel");
+
+/// Which hook points have, in the running kernel, the prototype that the table expects.
+pub(crate) type Prototypes = [bool; hook::COUNT];
+
+/// Compares everything. `fault` is for tests: the structure of that number (from 1) is expected 8
+/// bytes larger than it is; 0 for none.
+///
+/// Process context; reads some 10 MiB into memory that is freed again.
+pub(crate) fn check(fault: usize) -> Result<Prototypes, Mismatch> {
+    let load = |path| kfile::read(path).map_err(|e| Mismatch::NoBtf(path, e));
+    let (base, kvm, intel) = (load(VMLINUX)?, load(KVM)?, load(KVM_INTEL)?);
+    let base = Blob::new(&base).ok_or(Mismatch::Malformed(VMLINUX))?;
+    let kvm = Btf::new(base, Blob::new(&kvm).ok_or(Mismatch::Malformed(KVM))?);
+    let intel = Btf::new(
+        base,
+        Blob::new(&intel).ok_or(Mismatch::Malformed(KVM_INTEL))?,
+    );
+
+    for (number, want) in (1..).zip(EXPECTED) {
+        let found = intel
+            .structure(want.name.as_bytes())
+            .ok_or(Mismatch::Missing(want.name))?;
+        let size = if fault == number {
+            want.size + 8
+        } else {
+            want.size
+        };
+        if found.size() != size {
+            return Err(Mismatch::Size(want.name, size, found.size()));
+        }
+        for &(member, offset) in want.members {
+            let there = found.offset_of(member.as_bytes());
+            if there != Some(offset) {
+                return Err(Mismatch::Member(want.name, member, offset, there));
+            }
+        }
+    }
+
+    let mut prototypes = [false; hook::COUNT];
+    for (ok, id) in prototypes.iter_mut().zip(hook::HookId::all()) {
+        let btf = if id.module().to_bytes() == b"kvm" {
+            &kvm
+        } else {
+            &intel
+        };
+        *ok = btf.function_args(id.symbol().to_bytes()) == Some(id.nargs());
+    }
+    Ok(prototypes)
+}
+
+/// Whether a boolean parameter of a loaded module is on; one that does not exist is off.
+pub(crate) fn module_flag(module: &str, parameter: &str) -> bool {
+    let Ok(path) = CString::try_from_fmt(fmt!("/sys/module/{module}/parameters/{parameter}"))
+    else {
+        return false;
+    };
+    kfile::read(&path).is_ok_and(|text| text.first() == Some(&b'Y'))
+}
+
+/// Whether `kvm_intel` is loaded.
+pub(crate) fn kvm_intel_is_loaded() -> bool {
+    kfile::read(c_str!("/sys/module/kvm_intel/initstate"))
+        .is_ok_and(|text| text.starts_with(b"live"))
+}

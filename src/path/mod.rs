@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The path framework: what every acceleration has in common.
+//!
+//! A path has a mode (off, on, check), a list of hook points that it needs while it is not off,
+//! names for the reasons why it falls back to stock code, and counters. [`PATHS`] is the one list;
+//! `control` attaches and detaches, `sysfs` shows it.
+
+pub(crate) mod checks;
+pub(crate) mod exits;
+
+use crate::{hook::HookId, policy::mode::Mode};
+use core::sync::atomic::{AtomicU64, AtomicU8, Ordering};
+use kernel::{prelude::*, str::CStr};
+
+/// Most fallback reasons that a path may have.
+pub(crate) const MAX_REASONS: usize = 8;
+/// How many paths there are.
+pub(crate) const COUNT: usize = PATHS.len();
+
+/// What is fixed about a path.
+pub(crate) struct Path {
+    /// Name of its directory in sysfs.
+    pub(crate) name: &'static CStr,
+    /// One line for the logs and the documentation.
+    pub(crate) about: &'static CStr,
+    /// Hook points that it needs, beside [`COMMON_HOOKS`].
+    pub(crate) hooks: &'static [HookId],
+    /// Names of its fallback reasons, in the order of its own `Reason` numbers.
+    pub(crate) reasons: &'static [&'static str],
+}
+
+impl Path {
+    /// All hooks that the path needs, in the order in which they must be attached.
+    pub(crate) fn all_hooks(&self) -> impl Iterator<Item = HookId> {
+        Iterator::chain(COMMON_HOOKS.iter(), self.hooks).copied()
+    }
+}
+
+/// All paths; a path's number is its place here.
+pub(crate) static PATHS: &[Path] = &[checks::PATH];
+
+/// Hooks that keep per-vCPU state honest; attached whenever any path is not off, before the path's
+/// own and detached after them.
+pub(crate) const COMMON_HOOKS: &[HookId] = &[HookId::FREE_VCPU, HookId::VCPU_IOCTL];
+
+/// The modes in force, by number of the path. `control` alone writes them.
+static MODES: [AtomicU8; COUNT] = [const { AtomicU8::new(Mode::Off as u8) }; COUNT];
+
+/// The mode of a path right now.
+#[inline(always)]
+pub(crate) fn mode(path: usize) -> Mode {
+    let number = MODES.get(path).map_or(0, |m| m.load(Ordering::Relaxed));
+    Mode::from_number(number).unwrap_or(Mode::Off)
+}
+
+/// Puts a mode in force; `control` has made sure that the hooks fit.
+pub(crate) fn set_mode(path: usize, mode: Mode) {
+    if let Some(m) = MODES.get(path) {
+        m.store(mode as u8, Ordering::Relaxed);
+    }
+}
+
+/// A count that one thread at a time adds to and everybody may read.
+#[derive(Default)]
+pub(crate) struct Count(AtomicU64);
+
+impl Count {
+    const fn new() -> Self {
+        Self(AtomicU64::new(0))
+    }
+
+    /// Adds one. The vCPU's thread is the only writer, so no locked instruction is needed.
+    #[inline(always)]
+    pub(crate) fn bump(&self) {
+        self.0.store(
+            self.0.load(Ordering::Relaxed).wrapping_add(1),
+            Ordering::Relaxed,
+        );
+    }
+
+    /// The count so far.
+    pub(crate) fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn add_shared(&self, n: u64) {
+        self.0.fetch_add(n, Ordering::Relaxed);
+    }
+}
+
+/// Counters of one path.
+#[derive(Default)]
+pub(crate) struct Counters {
+    /// Calls that the path answered itself.
+    pub(crate) taken: Count,
+    /// Answers compared with the stock code's (mode `check`).
+    pub(crate) checked: Count,
+    /// Comparisons that differed. Anything but 0 is a bug.
+    pub(crate) mismatches: Count,
+    /// Exits into L0 that did not happen because of the path.
+    pub(crate) saved_exits: Count,
+    /// Calls left to the stock code, by reason.
+    pub(crate) fallbacks: [Count; MAX_REASONS],
+}
+
+impl Counters {
+    const fn new() -> Self {
+        Self {
+            taken: Count::new(),
+            checked: Count::new(),
+            mismatches: Count::new(),
+            saved_exits: Count::new(),
+            fallbacks: [const { Count::new() }; MAX_REASONS],
+        }
+    }
+
+    fn each(&self) -> impl Iterator<Item = &Count> {
+        // Spelt out: pin_init's prelude has a `chain` of its own.
+        Iterator::chain(
+            [
+                &self.taken,
+                &self.checked,
+                &self.mismatches,
+                &self.saved_exits,
+            ]
+            .into_iter(),
+            self.fallbacks.iter(),
+        )
+    }
+
+    /// Adds `other` to this, which any thread may do at any time.
+    pub(crate) fn add(&self, other: &Counters) {
+        for (sum, n) in self.each().zip(other.each()) {
+            sum.add_shared(n.get());
+        }
+    }
+}
+
+/// Counters of all paths for one vCPU.
+#[derive(Default)]
+pub(crate) struct CounterSet {
+    paths: [Counters; COUNT],
+    /// Exit accounting.
+    pub(crate) exits: exits::Exits,
+}
+
+impl CounterSet {
+    /// The counters of the path of this number, which must be one of [`PATHS`].
+    #[inline(always)]
+    pub(crate) fn path<const N: usize>(&self) -> &Counters {
+        const { assert!(N < COUNT) };
+        &self.paths[N]
+    }
+
+    /// As `path`, for a number that is not known at compile time.
+    pub(crate) fn get(&self, path: usize) -> Option<&Counters> {
+        self.paths.get(path)
+    }
+}
+
+/// What vCPUs that are gone counted, and calls for which no state could be made.
+static RETIRED: CounterSet = CounterSet {
+    paths: [const { Counters::new() }; COUNT],
+    exits: exits::Exits::new(),
+};
+
+/// Keeps the counts of a vCPU that goes away.
+pub(crate) fn retire(counters: &CounterSet) {
+    for (sum, n) in RETIRED.paths.iter().zip(&counters.paths) {
+        sum.add(n);
+    }
+    RETIRED.exits.add(&counters.exits);
+}
+
+/// Sums the counters of one path over all vCPUs, present and gone.
+pub(crate) fn total(path: usize) -> Counters {
+    let sum = Counters::default();
+    if let Some(gone) = RETIRED.get(path) {
+        sum.add(gone);
+    }
+    crate::state::for_each_counters(|set| {
+        if let Some(c) = set.get(path) {
+            sum.add(c);
+        }
+    });
+    sum
+}
+
+/// Sums the exit accounting over all vCPUs, present and gone.
+pub(crate) fn total_exits() -> Result<KBox<exits::Exits>> {
+    let sum = KBox::new(exits::Exits::new(), GFP_KERNEL)?;
+    sum.add(&RETIRED.exits);
+    crate::state::for_each_counters(|set| sum.add(&set.exits));
+    Ok(sum)
+}
+
+/// Counts a fallback of a call whose vCPU has no state.
+pub(crate) fn count_stateless(path: usize, reason: usize) {
+    if let Some(count) = RETIRED.get(path).and_then(|c| c.fallbacks.get(reason)) {
+        count.add_shared(1);
+    }
+}
+
+/// What each path remembers about a vCPU; touched only by the vCPU's thread.
+#[derive(Default)]
+pub(crate) struct Local {
+    pub(crate) checks: checks::Memory,
+}
+
+impl Local {
+    /// Forgets everything that was concluded from the vCPU's configuration.
+    pub(crate) fn invalidate(&mut self) {
+        self.checks.clear();
+    }
+}

@@ -1,0 +1,292 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Reads BTF, the kernel's own description of its types (`Documentation/bpf/btf.rst`), just far
+//! enough to answer: how big is a structure, where is a member, how many arguments has a function.
+//!
+//! A module's BTF is split: its type numbers and string offsets go on where the kernel's (the
+//! base's) end. Every access is bounds-checked; a malformed file gives `None`, never a panic.
+
+const MAGIC: u16 = 0xeb9f;
+
+const KIND_INT: u32 = 1;
+const KIND_ARRAY: u32 = 3;
+const KIND_STRUCT: u32 = 4;
+const KIND_UNION: u32 = 5;
+const KIND_ENUM: u32 = 6;
+const KIND_FUNC: u32 = 12;
+const KIND_FUNC_PROTO: u32 = 13;
+const KIND_VAR: u32 = 14;
+const KIND_DATASEC: u32 = 15;
+const KIND_DECL_TAG: u32 = 17;
+const KIND_ENUM64: u32 = 19;
+
+fn u16_at(data: &[u8], at: usize) -> Option<u16> {
+    let bytes = data.get(at..at.checked_add(2)?)?;
+    Some(u16::from_le_bytes(bytes.try_into().ok()?))
+}
+
+fn u32_at(data: &[u8], at: usize) -> Option<u32> {
+    let bytes = data.get(at..at.checked_add(4)?)?;
+    Some(u32::from_le_bytes(bytes.try_into().ok()?))
+}
+
+/// One BTF blob: its type section and its strings.
+#[derive(Clone, Copy)]
+pub struct Blob<'a> {
+    types: &'a [u8],
+    strings: &'a [u8],
+}
+
+/// One type record.
+#[derive(Clone, Copy)]
+struct Record<'a> {
+    name: u32,
+    info: u32,
+    size_or_type: u32,
+    extra: &'a [u8],
+}
+
+impl Record<'_> {
+    fn kind(&self) -> u32 {
+        self.info >> 24 & 0x1f
+    }
+
+    fn vlen(&self) -> usize {
+        (self.info & 0xffff) as usize
+    }
+
+    /// Set where the upper byte of a member's offset is the width of a bit field.
+    fn has_bitfields(&self) -> bool {
+        self.info >> 31 != 0
+    }
+}
+
+impl<'a> Blob<'a> {
+    /// Takes a blob as `/sys/kernel/btf/<module>` gives it; `None` if it is not BTF.
+    pub fn new(data: &'a [u8]) -> Option<Self> {
+        if u16_at(data, 0)? != MAGIC {
+            return None;
+        }
+        let body = data.get(u32_at(data, 4)? as usize..)?;
+        let section = |off: usize| -> Option<&'a [u8]> {
+            let start = u32_at(data, off)? as usize;
+            let len = u32_at(data, off.checked_add(4)?)? as usize;
+            body.get(start..start.checked_add(len)?)
+        };
+        Some(Self {
+            types: section(8)?,
+            strings: section(16)?,
+        })
+    }
+
+    fn records(&self) -> Records<'a> {
+        Records { rest: self.types }
+    }
+}
+
+struct Records<'a> {
+    rest: &'a [u8],
+}
+
+impl<'a> Iterator for Records<'a> {
+    type Item = Record<'a>;
+
+    fn next(&mut self) -> Option<Record<'a>> {
+        let (name, info) = (u32_at(self.rest, 0)?, u32_at(self.rest, 4)?);
+        let size_or_type = u32_at(self.rest, 8)?;
+        let head = Record {
+            name,
+            info,
+            size_or_type,
+            extra: &[],
+        };
+        let len = match head.kind() {
+            KIND_INT | KIND_VAR | KIND_DECL_TAG => 4,
+            KIND_ARRAY => 12,
+            KIND_STRUCT | KIND_UNION | KIND_DATASEC | KIND_ENUM64 => head.vlen() * 12,
+            KIND_ENUM | KIND_FUNC_PROTO => head.vlen() * 8,
+            _ => 0,
+        };
+        let end = 12usize.checked_add(len)?;
+        let extra = self.rest.get(12..end)?;
+        self.rest = self.rest.get(end..)?;
+        Some(Record { extra, ..head })
+    }
+}
+
+/// The types of a module, on top of the kernel's.
+pub struct Btf<'a> {
+    base: Blob<'a>,
+    split: Blob<'a>,
+    /// Number of the first type of `split`.
+    first_split: u32,
+}
+
+impl<'a> Btf<'a> {
+    /// Puts a module's BTF on the kernel's.
+    pub fn new(base: Blob<'a>, split: Blob<'a>) -> Self {
+        let first_split = base.records().count() as u32;
+        // Type 0 is `void` and has no record.
+        Self {
+            base,
+            split,
+            first_split: first_split.saturating_add(1),
+        }
+    }
+
+    fn name_is(&self, offset: u32, name: &[u8]) -> bool {
+        let offset = offset as usize;
+        let tail = match offset.checked_sub(self.base.strings.len()) {
+            None => self.base.strings.get(offset..),
+            Some(in_split) => self.split.strings.get(in_split..),
+        };
+        let Some(tail) = tail else { return false };
+        tail.get(..name.len()) == Some(name) && tail.get(name.len()) == Some(&0)
+    }
+
+    fn find(&self, kind: u32, name: &[u8]) -> Option<Record<'a>> {
+        let wanted = |r: &Record<'a>| r.kind() == kind && self.name_is(r.name, name);
+        self.split
+            .records()
+            .find(wanted)
+            .or_else(|| self.base.records().find(wanted))
+    }
+
+    fn by_id(&self, id: u32) -> Option<Record<'a>> {
+        match id.checked_sub(self.first_split) {
+            Some(n) => self.split.records().nth(n as usize),
+            None => self.base.records().nth(id.checked_sub(1)? as usize),
+        }
+    }
+
+    /// The structure `name`; `None` when neither the module nor the kernel has one.
+    pub fn structure(&self, name: &[u8]) -> Option<Structure<'_, 'a>> {
+        Some(Structure {
+            btf: self,
+            record: self.find(KIND_STRUCT, name)?,
+        })
+    }
+
+    /// How many arguments the function `name` takes. `None` also when the compiler changed its
+    /// arguments: pahole leaves such functions out.
+    pub fn function_args(&self, name: &[u8]) -> Option<usize> {
+        let func = self.find(KIND_FUNC, name)?;
+        let proto = self.by_id(func.size_or_type)?;
+        (proto.kind() == KIND_FUNC_PROTO).then(|| proto.vlen())
+    }
+}
+
+/// A structure in BTF.
+pub struct Structure<'b, 'a> {
+    btf: &'b Btf<'a>,
+    record: Record<'a>,
+}
+
+impl Structure<'_, '_> {
+    /// Its size in bytes.
+    pub fn size(&self) -> usize {
+        self.record.size_or_type as usize
+    }
+
+    /// Offset in bytes of a direct member; `None` if there is none or it is a bit field that does
+    /// not start at a byte.
+    pub fn offset_of(&self, member: &[u8]) -> Option<usize> {
+        for entry in self.record.extra.chunks_exact(12) {
+            if !self.btf.name_is(u32_at(entry, 0)?, member) {
+                continue;
+            }
+            let raw = u32_at(entry, 8)?;
+            let bits = if self.record.has_bitfields() {
+                raw & 0x00ff_ffff
+            } else {
+                raw
+            };
+            return (bits % 8 == 0).then_some((bits / 8) as usize);
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn blob(types: &[u32], strings: &[u8]) -> Vec<u8> {
+        let type_len = types.len() as u32 * 4;
+        let mut out = Vec::new();
+        out.extend(MAGIC.to_le_bytes());
+        out.extend([1, 0]);
+        for word in [24, 0, type_len, type_len, strings.len() as u32] {
+            out.extend(u32::to_le_bytes(word));
+        }
+        types.iter().for_each(|t| out.extend(t.to_le_bytes()));
+        out.extend(strings);
+        out
+    }
+
+    /// Base: an int (1) and a function prototype of two arguments (2).
+    /// Split: struct `pair` of two ints (3) and a function `f` of that prototype (4).
+    fn sample() -> (Vec<u8>, Vec<u8>) {
+        let base = blob(
+            &[
+                1,
+                KIND_INT << 24,
+                4,
+                32,
+                0,
+                KIND_FUNC_PROTO << 24 | 2,
+                1,
+                0,
+                1,
+                0,
+                1,
+            ],
+            b"\0int\0a\0",
+        );
+        // Base strings are 7 bytes long, so the split strings start at offset 7.
+        let split = blob(
+            &[
+                8,
+                KIND_STRUCT << 24 | 2,
+                8,
+                5,
+                1,
+                0,
+                13,
+                1,
+                32,
+                15,
+                KIND_FUNC << 24,
+                2,
+            ],
+            b"\0pair\0b\0f\0",
+        );
+        (base, split)
+    }
+
+    #[test]
+    fn reads_split_types_over_the_base() {
+        let (base, split) = sample();
+        let btf = Btf::new(Blob::new(&base).unwrap(), Blob::new(&split).unwrap());
+        let pair = btf.structure(b"pair").unwrap();
+        assert_eq!(pair.size(), 8);
+        assert_eq!(pair.offset_of(b"a"), Some(0));
+        assert_eq!(pair.offset_of(b"b"), Some(4));
+        assert_eq!(pair.offset_of(b"c"), None);
+        assert_eq!(btf.function_args(b"f"), Some(2));
+        assert_eq!(btf.function_args(b"g"), None);
+        assert!(btf.structure(b"pai").is_none());
+    }
+
+    #[test]
+    fn a_cut_file_never_panics() {
+        let (base, split) = sample();
+        for cut in 0..split.len() {
+            let Some(short) = Blob::new(&split[..cut]) else {
+                continue;
+            };
+            let btf = Btf::new(Blob::new(&base).unwrap(), short);
+            let _ = btf.structure(b"pair").map(|s| s.offset_of(b"b"));
+            let _ = btf.function_args(b"f");
+        }
+    }
+}

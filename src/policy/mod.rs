@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Pure decisions: no kernel types, no allocation, no unsafe. The host builds this same directory
+//! (`rust/policy`) for unit, property and fuzz tests.
+
+pub mod btf;
+pub mod mode;
+pub mod segments;
+pub mod ways;
