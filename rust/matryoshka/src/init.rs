@@ -61,6 +61,9 @@ fn level(parent: Parent) -> Result<u32, (u32, Error)> {
     for name in KVM_MODULES {
         let params = match name {
             "kvm-intel" => "nested=1",
+            // Not what a CPU without the iTLB erratum would do: splitting huge pages that
+            // hold code costs hundreds of EPT violations per guest at each level.
+            "kvm" => "nx_huge_pages=never",
             _ => "",
         };
         match files.guest_module(name) {

@@ -18,6 +18,9 @@ pub(crate) const COM1_IRQ: u32 = 4;
 /// reset line.
 const I8042_COMMAND: u16 = 0x64;
 const I8042_RESET: u8 = 0xfe;
+/// Data port of the real-time clock. It reads as zero, "not updating": as ones Linux
+/// would wait a second for the update to end before it finds no clock.
+const RTC_DATA: u16 = 0x71;
 /// Reset control register of a PC chipset; bit 2 resets the CPU.
 const RESET_CONTROL: u16 = 0xcf9;
 const RESET_CPU: u8 = 1 << 2;
@@ -133,6 +136,7 @@ impl<'a> Bus<'a> {
             }
             ctl::COMMAND => fill(data, self.host.command()),
             ctl::TOUCH_PAGES => fill(data, self.mem.touch_pages()),
+            RTC_DATA => data.fill(0),
             _ => data.fill(0xff),
         }
     }

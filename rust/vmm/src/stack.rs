@@ -261,7 +261,7 @@ pub fn cmdline(next: &Spec) -> String {
         "panic=-1 reboot=p".into(),
         // The VMM says how fast the TSC is, and it does not drift here.
         "tsc=reliable no_timer_check clocksource=tsc nowatchdog".into(),
-        "nokaslr mitigations=off audit=0 cryptomgr.notests 8250.nr_uarts=1".into(),
+        "nokaslr audit=0 cryptomgr.notests 8250.nr_uarts=1".into(),
         "i8042.noaux i8042.nokbd random.trust_cpu=on rcupdate.rcu_expedited=1".into(),
         format!("mtk.level={} mtk.depth={}", next.level, next.depth),
     ];
