@@ -8,15 +8,19 @@
 const MAGIC: u16 = 0xeb9f;
 
 const KIND_INT: u32 = 1;
+const KIND_PTR: u32 = 2;
 const KIND_ARRAY: u32 = 3;
 const KIND_STRUCT: u32 = 4;
 const KIND_UNION: u32 = 5;
 const KIND_ENUM: u32 = 6;
+const KIND_FWD: u32 = 7;
 const KIND_FUNC: u32 = 12;
 const KIND_FUNC_PROTO: u32 = 13;
 const KIND_VAR: u32 = 14;
 const KIND_DATASEC: u32 = 15;
+const KIND_FLOAT: u32 = 16;
 const KIND_DECL_TAG: u32 = 17;
+const KIND_TYPE_TAG: u32 = 18;
 const KIND_ENUM64: u32 = 19;
 
 fn u16_at(data: &[u8], at: usize) -> Option<u16> {
@@ -34,6 +38,9 @@ fn u32_at(data: &[u8], at: usize) -> Option<u32> {
 pub struct Blob<'a> {
     types: &'a [u8],
     strings: &'a [u8],
+    /// What follows a record of each kind, for kinds that are newer than this code. Empty in a blob
+    /// made before 7.3.
+    layout: &'a [u8],
 }
 
 /// One type record.
@@ -46,12 +53,33 @@ struct Record<'a> {
 }
 
 impl Record<'_> {
+    /// Seven bits since 7.3 and five before, when the other two were zero.
     fn kind(&self) -> u32 {
-        self.info >> 24 & 0x1f
+        self.info >> 24 & 0x7f
     }
 
+    /// 24 bits since 7.3 and 16 before, when the other eight were zero.
     fn vlen(&self) -> usize {
-        (self.info & 0xffff) as usize
+        (self.info & 0x00ff_ffff) as usize
+    }
+
+    /// Bytes that follow the record's head. `None` for a kind that neither this code nor the blob's
+    /// own layout section knows: nothing after it can be read.
+    fn extra_len(&self, layout: &[u8]) -> Option<usize> {
+        let known = match self.kind() {
+            KIND_INT | KIND_VAR | KIND_DECL_TAG => 4,
+            KIND_ARRAY => 12,
+            KIND_STRUCT | KIND_UNION | KIND_DATASEC | KIND_ENUM64 => self.vlen() * 12,
+            KIND_ENUM | KIND_FUNC_PROTO => self.vlen() * 8,
+            KIND_PTR | KIND_FWD..=KIND_FUNC | KIND_FLOAT | KIND_TYPE_TAG => 0,
+            newer => {
+                let at = newer as usize * 4;
+                let info = usize::from(*layout.get(at)?);
+                let element = usize::from(*layout.get(at + 1)?);
+                info.checked_add(element.checked_mul(self.vlen())?)?
+            }
+        };
+        Some(known)
     }
 
     /// Set where the upper byte of a member's offset is the width of a bit field.
@@ -66,7 +94,8 @@ impl<'a> Blob<'a> {
         if u16_at(data, 0)? != MAGIC {
             return None;
         }
-        let body = data.get(u32_at(data, 4)? as usize..)?;
+        let header = u32_at(data, 4)? as usize;
+        let body = data.get(header..)?;
         let section = |off: usize| -> Option<&'a [u8]> {
             let start = u32_at(data, off)? as usize;
             let len = u32_at(data, off.checked_add(4)?)? as usize;
@@ -75,16 +104,21 @@ impl<'a> Blob<'a> {
         Some(Self {
             types: section(8)?,
             strings: section(16)?,
+            layout: if header >= 32 { section(24)? } else { &[] },
         })
     }
 
     fn records(&self) -> Records<'a> {
-        Records { rest: self.types }
+        Records {
+            rest: self.types,
+            layout: self.layout,
+        }
     }
 }
 
 struct Records<'a> {
     rest: &'a [u8],
+    layout: &'a [u8],
 }
 
 impl<'a> Iterator for Records<'a> {
@@ -99,13 +133,7 @@ impl<'a> Iterator for Records<'a> {
             size_or_type,
             extra: &[],
         };
-        let len = match head.kind() {
-            KIND_INT | KIND_VAR | KIND_DECL_TAG => 4,
-            KIND_ARRAY => 12,
-            KIND_STRUCT | KIND_UNION | KIND_DATASEC | KIND_ENUM64 => head.vlen() * 12,
-            KIND_ENUM | KIND_FUNC_PROTO => head.vlen() * 8,
-            _ => 0,
-        };
+        let len = head.extra_len(self.layout)?;
         let end = 12usize.checked_add(len)?;
         let extra = self.rest.get(12..end)?;
         self.rest = self.rest.get(end..)?;
@@ -275,6 +303,65 @@ mod tests {
         assert_eq!(btf.function_args(b"f"), Some(2));
         assert_eq!(btf.function_args(b"g"), None);
         assert!(btf.structure(b"pai").is_none());
+    }
+
+    /// A blob with the header of 7.3, whose layout section says that a record of kind 20 is followed
+    /// by 4 bytes and 8 for each element.
+    fn newer(types: &[u32], layout: &[u8]) -> Vec<u8> {
+        let type_len = types.len() as u32 * 4;
+        let strings = b"\0s\0";
+        let strings_len = strings.len() as u32;
+        let mut out = Vec::new();
+        out.extend(MAGIC.to_le_bytes());
+        out.extend([1, 0]);
+        let layout_len = layout.len() as u32;
+        for word in [
+            32,
+            layout_len,
+            type_len,
+            layout_len + type_len,
+            strings_len,
+            0,
+            layout_len,
+        ] {
+            out.extend(u32::to_le_bytes(word));
+        }
+        out.extend(layout);
+        types.iter().for_each(|t| out.extend(t.to_le_bytes()));
+        out.extend(strings);
+        out
+    }
+
+    #[test]
+    fn the_layout_section_carries_over_newer_kinds() {
+        let mut layout = [0u8; 21 * 4];
+        layout[80] = 4;
+        layout[81] = 8;
+        let types = [0, 20 << 24 | 2, 0, 1, 2, 3, 4, 5, 1, KIND_STRUCT << 24, 16];
+        let (base, _) = sample();
+        let base = Blob::new(&base).unwrap();
+        let known = newer(&types, &layout);
+        let btf = Btf::new(base, Blob::new(&known).unwrap());
+        // The split strings start at offset 7.
+        assert!(btf.structure(b"s").is_none());
+        let alone = Btf::new(Blob::new(&known).unwrap(), base);
+        assert_eq!(alone.structure(b"s").map(|s| s.size()), Some(16));
+
+        let unknown = newer(&types, &layout[..80]);
+        let stopped = Btf::new(Blob::new(&unknown).unwrap(), base);
+        assert!(stopped.structure(b"s").is_none());
+    }
+
+    #[test]
+    fn more_than_64_ki_elements_are_counted() {
+        let members = 0x1_0001u32;
+        let mut types = vec![1, KIND_ENUM << 24 | members, 4];
+        types.extend((0..members * 2).map(|_| 0));
+        types.extend([1, KIND_STRUCT << 24, 24]);
+        let blob_bytes = blob(&types, b"\0s\0");
+        let empty = blob(&[], b"");
+        let btf = Btf::new(Blob::new(&blob_bytes).unwrap(), Blob::new(&empty).unwrap());
+        assert_eq!(btf.structure(b"s").map(|s| s.size()), Some(24));
     }
 
     #[test]
