@@ -68,7 +68,7 @@ in_build() {
 	esac
 }
 
-# prepare_build VERSION: everything that a build needs is there, or we say what to do.
+# prepare_build VERSION LOCK: everything that a build needs is there, or we say what to do.
 prepare_build() {
 	need_x86_64
 	[ -z "$1" ] || export KERNEL=$1
@@ -78,11 +78,12 @@ prepare_build() {
 		die "the lab is not set up" "Run: scripts/lab setup"
 	fi
 	use_kernel "$(wanted_kernel)"
-	take_lock
+	take_lock "$2"
 }
 
 cmd_build_tool() {
-	prepare_build ''
+	[ "${1:-}" != -- ] || shift
+	prepare_build '' tool
 	ns_run --int "$LAB" __build tool "$@"
 	use_guest
 	use_builds
@@ -101,7 +102,7 @@ cmd_build_module() {
 		*) usage_error "build-module: no such option: $1" ;;
 		esac
 	done
-	prepare_build "$version"
+	prepare_build "$version" module
 	[ -f "$PROJECT/Kbuild" ] || die "there is no Kbuild in $PROJECT, so there is no module to build"
 	use_guest
 	for one in $which; do
@@ -121,6 +122,6 @@ cmd_build() {
 	'') ;;
 	*) usage_error "build: no such option: $1" ;;
 	esac
-	cmd_build_tool
+	cmd_build_tool --
 	cmd_build_module ${version:+--kernel "$version"}
 }

@@ -62,13 +62,15 @@ need_space() {
 		    "Free some space, or put the lab elsewhere: MATRYOSHKA_CACHE=/some/where scripts/lab setup"
 }
 
-# take_lock: one set-up or build at a time; file descriptor 9 holds the lock as long as any of our processes lives.
+# take_lock NAME: one process at a time does NAME (the set-up, one kind of build). File descriptor 9 holds the lock as
+# long as any process of ours lives, so a dead one never leaves it behind.
 take_lock() {
 	mkdir -p -- "$CACHE" 2>/dev/null || die "cannot create $CACHE" "Choose a place with MATRYOSHKA_CACHE=."
 	[ -w "$CACHE" ] || die "cannot write to $CACHE" "Choose a place with MATRYOSHKA_CACHE=, or mend its owner."
-	exec 9>>"$CACHE/.lock"
+	mkdir -p -- "$CACHE/lock"
+	exec 9>>"$CACHE/lock/$1"
 	if ! flock -n 9; then
-		note "another process works on $CACHE; waiting for it (Ctrl-C gives up)"
+		note "another process is at it ($1); waiting for its end (Ctrl-C gives up)"
 		flock 9
 	fi
 }

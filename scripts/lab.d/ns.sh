@@ -39,21 +39,31 @@ need_namespaces() {
 		    "kernel.apparmor_restrict_unprivileged_userns=0), or run the lab as root."
 }
 
+# interrupted: end what runs in the namespaces, and then ourselves the way that a shell expects of an interrupted program.
+interrupted() {
+	kill -KILL "$NS_CHILD" 2>/dev/null
+	printf '\n' >&2
+	note "interrupted; what was finished is kept, and the same command continues from there"
+	trap - INT
+	kill -INT $$
+}
+
 # ns_run [--int] CMD...: run CMD in fresh user (if not root), mount and PID namespaces and return its status. An
 # interrupt ends it at once with --int, and is otherwise left to CMD, which may be an editor or a debugger.
 ns_run() {
 	local -a args
 	local child status=0 on_int=:
-	if [ "$1" = --int ]; then on_int='kill -KILL $child 2>/dev/null; trap - INT; kill -INT $$'; shift; fi
+	if [ "$1" = --int ]; then on_int=interrupted; shift; fi
 	mapfile -t args < <(userns_args)
-	# Background processes of a script start with SIGINT ignored: env undoes it. The inner sh is PID 1 over there; a
-	# program that is PID 1 itself would not die of the terminal's signals.
-	setpriv --pdeathsig KILL env --default-signal=INT,QUIT MATRYOSHKA_NS=1 MATRYOSHKA_CACHE="$CACHE" \
+	# Background processes of a script start with SIGINT ignored, which suits unshare; env undoes it for CMD. The bash is
+	# PID 1 over there: a program that is PID 1 itself would not die of the terminal's signals.
+	setpriv --pdeathsig KILL env MATRYOSHKA_NS=1 MATRYOSHKA_CACHE="$CACHE" \
 		unshare "${args[@]}" --mount --pid --fork --kill-child=KILL --mount-proc \
-		sh -c '"$@"; exit $?' sh "$@" <&0 &
+		env --default-signal=INT,QUIT bash -c '"$@"; exit $?' bash "$@" <&0 &
 	child=$!
-	# shellcheck disable=SC2064 # the child's id is meant to be fixed now
-	trap "child=$child; $on_int" INT
+	NS_CHILD=$child
+	# shellcheck disable=SC2064 # what to do is meant to be fixed now
+	trap "$on_int" INT
 	# shellcheck disable=SC2064
 	trap "kill -KILL $child 2>/dev/null; exit 143" TERM
 	# shellcheck disable=SC2064

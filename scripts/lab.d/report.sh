@@ -134,7 +134,7 @@ cmd_clean() {
 	esac
 	[ -d "$CACHE" ] || { note "nothing to remove"; return; }
 	! inside || die "the root file system cannot remove itself" "Leave it, and run the same command there."
-	take_lock
+	take_lock setup
 	ns_run --int "$LAB" __clean "${what[@]}"
-	[ "${1:-all}" != all ] || { rm -f -- "$CACHE/.lock"; rmdir -- "$CACHE" 2>/dev/null || true; }
+	[ "${1:-all}" != all ] || { rm -rf -- "$CACHE/lock"; rmdir -- "$CACHE" 2>/dev/null || true; }
 }

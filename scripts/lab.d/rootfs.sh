@@ -83,7 +83,7 @@ make_root() {
 		--dpkgopt=force-unsafe-io \
 		--dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
 		--dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/info/*' \
-		--skip=cleanup/apt/lists \
+		--skip=cleanup/apt/lists --skip=chroot/mount/sys \
 		"$SUITE" "$part" "${sources[@]}"
 	rm -rf -- "$part"/var/cache/apt/archives/*.deb "$part"/var/cache/apt/*.bin
 	mkdir -p -- "$part/src" "$part/cache"

@@ -6,13 +6,13 @@
 # Seconds and log lines were measured on two cores of a small virtual machine.
 plan_setup() {
 	local refresh=$1
-	ready "$ROOT" || { step "root file system" make_root 110 0; refresh=; }
+	ready "$ROOT" || { step "root file system" make_root 60 0; refresh=; }
 	if [ -n "$refresh" ]; then step "package lists" refresh_lists 8 0; fi
 	# Which kernel it is can only be told once there are package lists.
 	if [ -n "$KNOWN" ] && ready "$KERNEL_DIR"; then :; else
 		[ -n "$KNOWN" ] && [ -f "$KERNEL_DIR/vmlinuz" ] && [ -d "$SOURCE_DIR" ] ||
-			step "kernel packages" get_kernel 50 0
-		step "kernel metadata for Rust" prepare_known 95 520
+			step "kernel packages" get_kernel 35 0
+		step "kernel metadata for Rust" prepare_known 95 215
 	fi
 	if [ -z "$KNOWN" ] || { use_guest; ! ready "$GUEST_DIR"; }; then step "guest kernel" guest_known 300 1620; fi
 	use_emu
@@ -81,7 +81,7 @@ cmd_setup() {
 	! inside || die "the root file system cannot set itself up" "Leave it, and run the same command there."
 	need_x86_64
 	need_namespaces
-	take_lock
+	take_lock setup
 	find_root
 	if ! ready "$ROOT"; then need_space 15; else need_space 3; fi
 	ns_run --int "$LAB" __setup "$refresh"
