@@ -196,6 +196,7 @@ class Run:
         self.out = args.out or os.path.join(directory, "out")
         os.makedirs(self.out, exist_ok=True)
         self.console = open(os.path.join(self.out, "console.log"), "w", encoding="utf-8")
+        self.output = open(os.path.join(self.out, "output.log"), "wb")
         self.history = History(" ".join([*args.command, str(args.prof), args.kernel or ""]))
         self.progress = machine.Progress("L0", self.history.expected())
         self.lines, self.text = machine.Lines(), {"O": machine.Lines(), "E": machine.Lines()}
@@ -229,6 +230,7 @@ class Run:
             stream = sys.stdout if kind == "O" else sys.stderr
             stream.buffer.write(data)
             stream.flush()
+            self.output.write(data)
             lines = self.text[kind].feed(data)
             self.last = (self.last + lines)[-20:]
             self.look(lines)
@@ -278,8 +280,8 @@ class Run:
             for event in self.host.events(self.args.timeout, self.args.limit, tick=self.progress.tick):
                 if event[0] == "console":
                     self.on_console(event[1])
-                elif self.on_frame(event[1], event[2]):
-                    break
+                elif self.on_frame(event[1], event[2]) and not self.args.prof:
+                    break  # a profile is written as the emulator ends by itself
         except machine.Hang as problem:
             self.tell(f"{problem}; ended. The last it said:")
             return HUNG
@@ -288,6 +290,7 @@ class Run:
             return BROKEN
         finally:
             self.console.close()
+            self.output.close()
             self.progress.clear()
         self.unpack()
         if self.status is None:
@@ -345,7 +348,11 @@ def main():
             images, floppy = boot.boot_files(directory, os.path.join(tree, "vmlinuz"), initramfs, line, args.memory)
         except (OSError, ValueError) as problem:
             fail(str(problem))
-        host = machine.Machine(directory, args.emulator, binary, floppy, images, args.memory, args.cpus, args.model, args.ips)
+        environment = {}
+        if args.prof and getattr(args, "out", None):
+            os.makedirs(args.out, exist_ok=True)
+            environment["MATRYOSHKA_PROFILE"] = os.path.abspath(os.path.join(args.out, "profile"))
+        host = machine.Machine(directory, args.emulator, binary, floppy, images, args.memory, args.cpus, args.model, args.ips, environment)
         try:
             return shell(host) if args.mode == "shell" else Run(args, host, directory).go()
         finally:

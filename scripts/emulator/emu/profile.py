@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: GPL-2.0
+"""scripts/profile: where the instructions of one operation go, by level and function."""
+
+import argparse
+import collections
+import glob
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+
+from . import __main__ as emu
+from .symbols import Symbols, module_sections
+
+HELP = """\
+examples:
+  scripts/profile hypercall --depth 2            the operation as the benchmark does it (matryoshka bench --profile)
+  scripts/profile --depth 1 --file t=/bin/t --command '/bin/t'
+                                                 any program that brackets what it does with the emulator's XGETBV
+                                                 codes (Documentation/lab.md)
+  scripts/profile --report out/profile           print a recorded one again
+
+files in the output directory: profile (raw), profile.folded (stacks with counts, for flame-graph tools: flamegraph.pl, inferno,
+speedscope), profile.txt (what is printed). Level is the outermost frame: L0 the host, L1 its guest, ..."""
+
+# Frames that are how the compiler and the mitigations call, not what is called.
+PLUMBING = ("__x86_indirect_thunk", "__x86_return_thunk", "srso_", "retbleed_", "__x86_indirect_call_thunk", "__x86_indirect_jump_thunk",
+            "entry_untrain", "its_return_thunk")
+
+
+class Profile:
+    """A raw profile, read."""
+
+    def __init__(self, path):
+        self.contexts, self.nodes, self.regions = [], [], []
+        with open(path, encoding="ascii") as f:
+            if next(f, "").strip() != "matryoshka-profile 1":
+                raise ValueError(f"{path} is not a profile")
+            for line in f:
+                kind, *fields = line.split()
+                if kind == "context":
+                    self.contexts.append((int(fields[1]), int(fields[3])))
+                elif kind == "node":
+                    self.nodes.append((int(fields[1]), int(fields[2]), int(fields[3], 16), int(fields[4], 16)))
+                elif kind == "region":
+                    self.regions.append((int(fields[0]), int(fields[1]), [], []))
+                elif kind == "count":
+                    self.regions[-1][2].append((int(fields[0]), int(fields[1], 16), int(fields[2])))
+                elif kind == "exit":
+                    self.regions[-1][3].append((int(fields[0]), int(fields[1]), int(fields[2])))
+
+    def typical(self):
+        """The regions within 1 % of the median length: those no interrupt hit."""
+        total = sum(times for _, times, _, _ in self.regions)
+        seen, median = 0, 0
+        for length, times, _, _ in self.regions:
+            seen += times
+            if seen * 2 >= total:
+                median = length
+                break
+        return median, total, [r for r in self.regions if abs(r[0] - median) * 100 <= median]
+
+    def levels(self, depth):
+        """{context: level}: L0 is context 0; the DEPTH guests that started last are L1, L2, ... in that order."""
+        guests = sorted(range(1, len(self.contexts)), key=lambda n: -self.contexts[n][0])
+        guests = guests[-depth:] if depth else guests
+        return {0: 0, **{context: level for level, context in enumerate(guests, 1)}}
+
+
+class Resolver:
+    """Function names by level."""
+
+    def __init__(self, tables):
+        self._tables = tables
+        self._known = {}
+
+    def name(self, level, address):
+        """What is at ADDRESS, as level LEVEL sees it."""
+        key = level, address
+        if key not in self._known:
+            self._known[key] = self._name(level, address)
+        return self._known[key]
+
+    def _name(self, level, address):
+        for table in self._tables.get(level, []):
+            found = table.find(address)
+            if found:
+                return found[1]
+        if address < 1 << 47:
+            return "[user]"
+        if address >= 0xFFFFFFFFA0000000:
+            return f"[module {address & ~0xFFF:x}]"
+        return f"[{address & ~0xFFF:x}]"
+
+
+EVENTS = {2: "NMI", 3: "INT3", 6: "#UD", 7: "#NM", 13: "#GP", 14: "#PF"}
+
+
+def fold(profile, regions, levels, resolver):
+    """Counts by stack: {(frame, ...): instructions}, the level first. Inlines what tail calls hide."""
+    paths = {}
+
+    def level_of(context):
+        return levels.get(context, f"other guest {context}")
+
+    def path(number):
+        """Frames of a node; and its level."""
+        if number in paths:
+            return paths[number]
+        parent, context, target, site = profile.nodes[number]
+        level = level_of(context)
+        if parent < 0:
+            result = (f"L{level}" if isinstance(level, int) else level,), level
+        else:
+            frames, _ = path(parent)
+            if site > 255:
+                caller = resolver.name(level, site)
+                if frames[-1] != caller and not caller.startswith(PLUMBING):
+                    frames += (caller,)
+            callee = resolver.name(level, target)
+            if not callee.startswith(PLUMBING) and (frames[-1] != callee or callee == "[user]"):
+                frames += (callee,) if frames[-1] != "[user]" or callee != "[user]" else ()
+            result = frames, level
+        paths[number] = result
+        return result
+
+    stacks = collections.Counter()
+    for _, _, counts, _ in regions:
+        for node, address, count in counts:
+            frames, level = path(node)
+            leaf = resolver.name(level, address)
+            if frames[-1] != leaf and not leaf.startswith(PLUMBING):
+                frames += (leaf,)
+            stacks[frames] += count
+    return stacks
+
+
+def exits(regions, levels):
+    """Exits by (level left, reason)."""
+    found = collections.Counter()
+    for _, _, _, entries in regions:
+        for context, reason, count in entries:
+            found[levels.get(context, "?"), reason] += count
+    return found
+
+
+REASONS = dict(enumerate("""exception_or_NMI external_interrupt triple_fault INIT SIPI IO_SMI other_SMI interrupt_window NMI_window task_switch CPUID GETSEC
+HLT INVD INVLPG RDPMC RDTSC RSM VMCALL VMCLEAR VMLAUNCH VMPTRLD VMPTRST VMREAD VMRESUME VMWRITE VMXOFF VMXON CR_access MOV_DR
+IO_instruction RDMSR WRMSR entry_failure_guest_state entry_failure_MSR - MWAIT monitor_trap - MONITOR PAUSE entry_failure_MCE - TPR_threshold
+APIC_access virtualized_EOI GDTR_IDTR LDTR_TR EPT_violation EPT_misconfig INVEPT RDTSCP preemption_timer INVVPID WBINVD XSETBV APIC_write RDRAND INVPCID
+VMFUNC ENCLS RDSEED PML_full XSAVES XRSTORS""".split()))
+
+
+def report(stacks, left, times, median, total, out):
+    """Writes the tree and the lists."""
+    everything = sum(stacks.values()) or 1
+    unit = max(times, 1)
+    print(f"{median} instructions (median of {total} regions; {times} of them within 1 %, these are shown); all figures are per region", file=out)
+    by_level = collections.Counter()
+    own, inclusive = collections.Counter(), collections.Counter()
+    tree = {}
+    for frames, count in stacks.items():
+        by_level[frames[0]] += count
+        own[frames[0], frames[-1]] += count
+        for name in set(frames[1:]):
+            inclusive[frames[0], name] += count
+        node = tree
+        for name in frames:
+            entry = node.setdefault(name, [0, {}])
+            entry[0] += count
+            node = entry[1]
+
+    print("\nby level", file=out)
+    for level, count in sorted(by_level.items()):
+        print(f"  {level:<14}{count / unit:>12,.0f}  {count * 100 / everything:5.1f} %", file=out)
+    print("\nexits into L0", file=out)
+    for (level, reason), count in sorted(left.items(), key=lambda item: -item[1]):
+        print(f"  from L{level:<12}{count / unit:>12,.2f}  {REASONS.get(reason, reason)}", file=out)
+    for title, table in (("own instructions", own), ("with what they call", inclusive)):
+        print(f"\ntop functions by {title}", file=out)
+        for (level, name), count in table.most_common(40):
+            print(f"  {count / unit:>12,.0f}  {count * 100 / everything:5.1f} %  {level}  {name}", file=out)
+
+    print("\ntree (from 0.5 % up)", file=out)
+
+    def show(node, depth):
+        for name, (count, below) in sorted(node.items(), key=lambda item: -item[1][0]):
+            if count * 200 < everything:
+                continue
+            print(f"  {count / unit:>12,.0f}  {count * 100 / everything:5.1f} %  {'| ' * depth}{name}", file=out)
+            show(below, depth + 1)
+
+    show(tree, 0)
+
+
+def tables(args, levels):
+    """Symbol tables for each level, from what was captured and what the lab has."""
+    found = {0: []}
+    kallsyms = os.path.join(args.out, "kallsyms")
+    if os.path.exists(kallsyms):
+        found[0].append(Symbols().map(kallsyms))
+    paths = {}
+    if not args.bare and not (args.kernel_tree and args.emulator):
+        paths = emu.lab_paths(args)
+    deepest = max(levels.values())
+    guest, payload = paths.get("GUEST", ""), paths.get("PAYLOAD", "")
+    sections = module_sections(os.path.join(args.out, "output.log")) if os.path.exists(os.path.join(args.out, "output.log")) else {}
+    for level in range(1, deepest + 1):
+        table = found.setdefault(level, [])
+        if level == deepest and payload and os.path.exists(payload):
+            table.append(Symbols().elf(payload))
+        if guest and level < deepest and os.path.exists(os.path.join(guest, "System.map")):
+            table.append(Symbols().map(os.path.join(guest, "System.map")))
+            for module, where in sections.get(level, sections.get(1, {})).items():
+                for path in glob.glob(os.path.join(guest, "**", module.replace("_", "[-_]") + ".ko"), recursive=True) + \
+                        [p for p in [paths.get("GUEST_MODULE", "")] if os.path.basename(p) == module + ".ko"]:
+                    table.append(Symbols().elf(path, where))
+                    break
+    if paths.get("TOOL") and os.path.exists(paths["TOOL"]):
+        user = Symbols().elf(paths["TOOL"])
+        for level in range(0, deepest):
+            found[level].append(user)
+    for entry in args.symbols:
+        level, _, path = entry.partition("=")
+        with open(path, "rb") as f:
+            elf = f.read(4) == b"\x7fELF"
+        found.setdefault(int(level), []).insert(0, Symbols().elf(path) if elf else Symbols().map(path))
+    return found
+
+
+def arguments():
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="scripts/profile", description=__doc__, epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("op", nargs="?", help="operation, as matryoshka bench names it")
+    add("--depth", type=int, default=0, metavar="N", help="level that executes the operation (default 2)")
+    add("--config", default="stock", help="stock, idle, l0 or all (default stock)")
+    add("--command", metavar="COMMAND", help="profile this shell command's regions instead")
+    add("--report", metavar="DIR", help="only print what DIR holds")
+    add("--out", default=None, metavar="DIR", help="where it goes (default out/profile-OP-N)")
+    add("--symbols", action="append", default=[], metavar="LEVEL=FILE", help="more symbols for a level: ELF, System.map or kallsyms")
+    add("--file", action="append", default=[], metavar="SRC=DST", help="put a file into L0")
+    add("--kernel", metavar="VERSION", help="kernel version (default: the lab's)")
+    for hidden in ("--kernel-tree", "--emulator", "--busybox"):
+        add(hidden, help=argparse.SUPPRESS)
+    add("--bare", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if not (args.op or args.command or args.report):
+        parser.error("say what to profile: an operation, --command or --report")
+    return args
+
+
+def record(args):
+    """Runs it on the instrumented emulator; returns its status."""
+    command = args.command or f"matryoshka bench --profile {shlex.quote(args.op)} --depth {args.depth} --config {shlex.quote(args.config)}"
+    if os.path.isdir(args.out):
+        shutil.rmtree(args.out)
+    os.makedirs(args.out)
+    run = [sys.executable, "-m", "emu", "run", "--prof", "--out", args.out]
+    for name in ("kernel", "kernel_tree", "emulator", "busybox"):
+        if getattr(args, name):
+            run += ["--" + name.replace("_", "-"), getattr(args, name)]
+    for entry in args.file:
+        run += ["--file", entry]
+    run += ["--bare"] if args.bare else []
+    run += ["--", "sh", "-c", f"{command}; s=$?; cat /proc/kallsyms >/out/kallsyms; exit $s"]
+    return subprocess.run(run, check=False).returncode
+
+
+def main():
+    """Records, if asked to, and reports."""
+    args = arguments()
+    if args.report:
+        args.out = args.report
+    else:
+        args.depth = args.depth or (0 if args.command else 2)
+        args.out = args.out or f"out/profile-{args.op or 'command'}-{args.depth}"
+        status = record(args)
+        if status:
+            return status
+        with open(os.path.join(args.out, "depth"), "w", encoding="ascii") as f:
+            f.write(str(args.depth))
+    path = os.path.join(args.out, "profile")
+    if not os.path.exists(path):
+        print("profile: no region was recorded: nothing executed XGETBV with ECX=0x4d545201 and 0x4d545202", file=sys.stderr)
+        return 1
+    if args.report and not args.depth:
+        try:
+            with open(os.path.join(args.out, "depth"), encoding="ascii") as f:
+                args.depth = int(f.read())
+        except (OSError, ValueError):
+            pass
+    profile = Profile(path)
+    median, total, regions = profile.typical()
+    levels = profile.levels(args.depth)
+    stacks = fold(profile, regions, levels, Resolver(tables(args, levels)))
+    with open(os.path.join(args.out, "profile.folded"), "w", encoding="utf-8") as f:
+        for frames, count in sorted(stacks.items()):
+            f.write(f"{';'.join(frames)} {count}\n")
+    with open(os.path.join(args.out, "profile.txt"), "w", encoding="utf-8") as f:
+        report(stacks, exits(regions, levels), sum(r[1] for r in regions), median, total, f)
+    with open(os.path.join(args.out, "profile.txt"), encoding="utf-8") as f:
+        sys.stdout.write(f.read())
+    print(f"\nstacks for flame-graph tools: {os.path.join(args.out, 'profile.folded')}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
