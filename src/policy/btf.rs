@@ -55,7 +55,7 @@ struct Record<'a> {
 impl Record<'_> {
     /// Seven bits since 7.3 and five before, when the other two were zero.
     fn kind(&self) -> u32 {
-        self.info >> 24 & 0x7f
+        (self.info >> 24) & 0x7f
     }
 
     /// 24 bits since 7.3 and 16 before, when the other eight were zero.

@@ -22,7 +22,7 @@ pub struct Inputs(pub [u64; COUNT]);
 /// One word out of a selector and its access rights.
 #[inline(always)]
 pub const fn word(selector: u16, access_rights: u32) -> u64 {
-    (selector as u64) << 32 | access_rights as u64
+    ((selector as u64) << 32) | access_rights as u64
 }
 
 impl Inputs {

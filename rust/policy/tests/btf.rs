@@ -50,12 +50,12 @@ impl Writer {
             } => {
                 let name = self.string(name, strings);
                 let bitfields = members.iter().any(|&(_, _, width)| width != 0);
-                let info = u32::from(bitfields) << 31 | 4 << 24 | members.len() as u32;
+                let info = (u32::from(bitfields) << 31) | (4 << 24) | members.len() as u32;
                 self.types.extend([name, info, *size]);
                 for (member, bits, width) in members {
                     let member = self.string(member, strings);
                     let offset = if bitfields {
-                        u32::from(*width) << 24 | bits
+                        (u32::from(*width) << 24) | bits
                     } else {
                         *bits
                     };
@@ -65,7 +65,7 @@ impl Writer {
             }
             Type::Func { name, args } => {
                 let name = self.string(name, strings);
-                self.types.extend([0, 13 << 24 | *args as u32, 1]);
+                self.types.extend([0, (13 << 24) | *args as u32, 1]);
                 self.types
                     .extend(std::iter::repeat_n([0, 1], *args).flatten());
                 self.types.extend([name, 12 << 24, first + self.count]);
@@ -79,7 +79,7 @@ impl Writer {
                     6 => vlen * 2,
                     _ => 0,
                 };
-                self.types.extend([0, kind << 24 | vlen, 1]);
+                self.types.extend([0, (kind << 24) | vlen, 1]);
                 self.types.extend((0..words).map(|w| w * 0x0101_0101));
                 self.count += 1;
             }
