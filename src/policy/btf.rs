@@ -261,7 +261,7 @@ mod tests {
                 4,
                 32,
                 0,
-                KIND_FUNC_PROTO << 24 | 2,
+                (KIND_FUNC_PROTO << 24) | 2,
                 1,
                 0,
                 1,
@@ -274,7 +274,7 @@ mod tests {
         let split = blob(
             &[
                 8,
-                KIND_STRUCT << 24 | 2,
+                (KIND_STRUCT << 24) | 2,
                 8,
                 5,
                 1,
@@ -337,7 +337,19 @@ mod tests {
         let mut layout = [0u8; 21 * 4];
         layout[80] = 4;
         layout[81] = 8;
-        let types = [0, 20 << 24 | 2, 0, 1, 2, 3, 4, 5, 1, KIND_STRUCT << 24, 16];
+        let types = [
+            0,
+            (20 << 24) | 2,
+            0,
+            1,
+            2,
+            3,
+            4,
+            5,
+            1,
+            KIND_STRUCT << 24,
+            16,
+        ];
         let (base, _) = sample();
         let base = Blob::new(&base).unwrap();
         let known = newer(&types, &layout);
@@ -355,7 +367,7 @@ mod tests {
     #[test]
     fn more_than_64_ki_elements_are_counted() {
         let members = 0x1_0001u32;
-        let mut types = vec![1, KIND_ENUM << 24 | members, 4];
+        let mut types = vec![1, (KIND_ENUM << 24) | members, 4];
         types.extend((0..members * 2).map(|_| 0));
         types.extend([1, KIND_STRUCT << 24, 24]);
         let blob_bytes = blob(&types, b"\0s\0");
