@@ -20,16 +20,10 @@
 #include "mmu.h"
 #include "mmu/mmu_internal.h"
 
-#include <linux/version.h>
 #include "hook_abi.h"
 
-/* 7.3 dropped the EX from the names of the lazily read registers. */
+/* Bits of kvm_vcpu_arch.regs_avail. */
 enum {
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(7, 3, 0)
 	MTK_REG_RFLAGS = VCPU_REG_RFLAGS,
 	MTK_REG_SEGMENTS = VCPU_REG_SEGMENTS,
-#else
-	MTK_REG_RFLAGS = VCPU_EXREG_RFLAGS,
-	MTK_REG_SEGMENTS = VCPU_EXREG_SEGMENTS,
-#endif
 };

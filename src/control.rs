@@ -268,6 +268,11 @@ pub(crate) fn shut_down() {
     control.apply();
 }
 
+/// EOPNOTSUPP, which the kernel crate of 7.2 has no name for.
+fn unsupported() -> Error {
+    Error::from_errno(-95)
+}
+
 /// Asks for a mode. `EOPNOTSUPP` when the path cannot work here (its `state` says why); while
 /// kvm_intel is not loaded the wish is kept.
 pub(crate) fn set_mode(number: usize, mode: Mode) -> Result {
@@ -288,7 +293,7 @@ pub(crate) fn set_mode(number: usize, mode: Mode) -> Result {
         if let Some(w) = control.wanted.get_mut(number) {
             *w = Mode::Off;
         }
-        return Err(EOPNOTSUPP);
+        return Err(unsupported());
     }
     Ok(())
 }
@@ -311,7 +316,7 @@ pub(crate) fn set_accounting(on: bool) -> Result {
     if control.accounting == on {
         Ok(())
     } else {
-        Err(EOPNOTSUPP)
+        Err(unsupported())
     }
 }
 

@@ -63,6 +63,11 @@ impl Drop for Running {
     }
 }
 
+/// A parameter's value, which is a reference in some kernels and plain in others.
+fn number(value: impl core::borrow::Borrow<u8>) -> u8 {
+    *value.borrow()
+}
+
 impl kernel::Module for Matryoshka {
     fn init(_module: &'static ThisModule) -> Result<Self> {
         // SAFETY: The kernel runs this once for each load, and statics are new with each load.
@@ -70,14 +75,14 @@ impl kernel::Module for Matryoshka {
             state::init();
             control::init();
         }
-        let mode =
-            policy::mode::Mode::from_number(module_parameters::paths.value()).ok_or_else(|| {
+        let mode = policy::mode::Mode::from_number(number(module_parameters::paths.value()))
+            .ok_or_else(|| {
                 pr_err!("parameter paths must be 0 (off), 1 (on) or 2 (check)\n");
                 EINVAL
             })?;
         let running = Running;
         if layout::kvm_intel_is_loaded() {
-            control::kvm_intel_came(usize::from(module_parameters::layout_fault.value()))?;
+            control::kvm_intel_came(usize::from(number(module_parameters::layout_fault.value())))?;
         } else {
             pr_info!("kvm_intel is not loaded; waiting for it\n");
         }

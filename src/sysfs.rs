@@ -23,10 +23,31 @@ enum Kind {
     Fallbacks,
 }
 
+/// `struct kobj_attribute`, whose two pointers are plain in some kernels and in unions in others.
+#[repr(C)]
+struct KobjAttribute {
+    attr: bindings::attribute,
+    show: ShowFn,
+    store: Option<StoreFn>,
+}
+
+type ShowFn =
+    unsafe extern "C" fn(*mut bindings::kobject, *mut KobjAttribute, *mut ffi::c_char) -> isize;
+type StoreFn = unsafe extern "C" fn(
+    *mut bindings::kobject,
+    *mut KobjAttribute,
+    *const ffi::c_char,
+    usize,
+) -> isize;
+
+const _: () = assert!(
+    core::mem::size_of::<KobjAttribute>() == core::mem::size_of::<bindings::kobj_attribute>()
+);
+
 /// One file. The kernel's part comes first: `show` and `store` get a pointer to it back.
 #[repr(C)]
 struct Attribute {
-    raw: bindings::kobj_attribute,
+    raw: KobjAttribute,
     kind: Kind,
 }
 
@@ -35,15 +56,15 @@ unsafe impl Sync for Attribute {}
 
 impl Attribute {
     const fn new(name: &'static CStr, kind: Kind, mode: u16) -> Self {
-        // SAFETY: All-zero is valid for `kobj_attribute`: null pointers, `None` and numbers.
-        let mut raw: bindings::kobj_attribute = unsafe { core::mem::zeroed() };
-        raw.attr.name = name.to_bytes_with_nul().as_ptr().cast();
-        raw.attr.mode = mode;
-        raw.__bindgen_anon_1 = bindings::kobj_attribute__bindgen_ty_1 { show: Some(show) };
-        if mode & 0o200 != 0 {
-            raw.__bindgen_anon_2 = bindings::kobj_attribute__bindgen_ty_2 { store: Some(store) };
+        // SAFETY: All-zero is valid for `attribute`: null pointers and numbers.
+        let mut attr: bindings::attribute = unsafe { core::mem::zeroed() };
+        attr.name = name.to_bytes_with_nul().as_ptr().cast();
+        attr.mode = mode;
+        let store: Option<StoreFn> = if mode & 0o200 != 0 { Some(store) } else { None };
+        Self {
+            raw: KobjAttribute { attr, show, store },
+            kind,
         }
-        Self { raw, kind }
     }
 }
 
@@ -122,7 +143,7 @@ fn write_page(kobj: *mut bindings::kobject, kind: Kind, out: &mut Page<'_>) -> f
 
 unsafe extern "C" fn show(
     kobj: *mut bindings::kobject,
-    attr: *mut bindings::kobj_attribute,
+    attr: *mut KobjAttribute,
     buf: *mut ffi::c_char,
 ) -> isize {
     // SAFETY: `attr` is the first member of one of our `Attribute`s, which are all static.
@@ -137,7 +158,7 @@ unsafe extern "C" fn show(
 
 unsafe extern "C" fn store(
     kobj: *mut bindings::kobject,
-    attr: *mut bindings::kobj_attribute,
+    attr: *mut KobjAttribute,
     buf: *const ffi::c_char,
     count: usize,
 ) -> isize {

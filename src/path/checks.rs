@@ -125,11 +125,10 @@ macro_rules! inputs {
             #[inline(always)]
             fn unchanged(&self, vcpu: Vcpu, vmcs12: Vmcs12) -> bool {
                 let _ = vcpu;
-                // Nearly always all are equal: one branch at the end beats one for each.
-                let differing = 0
-                    $(| (field!(vmcs12, $field) ^ self.$field))*
-                    $(| (u64::from(vcpu.$extra()) ^ self.$extra))*;
-                differing == 0
+                // One compare and branch for each: gathering the differences first makes the
+                // compiler hold them all at once and spill most.
+                true $(&& field!(vmcs12, $field) == self.$field)*
+                    $(&& u64::from(vcpu.$extra()) == self.$extra)*
             }
 
             fn report(&self) {
@@ -239,9 +238,8 @@ fn first_report(which: HookId) -> bool {
 
 /// The handler of the three checks of vmcs12.
 #[inline(always)]
-fn check<I: Inputs>(vcpu: Vcpu, vmcs12: Vmcs12, cont: Continuation, args: [usize; 3]) -> Verdict {
-    let mode = super::mode(NUMBER);
-    if mode == Mode::On && !I::HOOK.livepatched() {
+fn check<I: Inputs>(vcpu: Vcpu, vmcs12: Vmcs12, third: usize, cont: Continuation) -> Verdict {
+    if super::mode(NUMBER) == Mode::On && !I::HOOK.livepatched() {
         let hit = state::with(vcpu, |local, counters| {
             let known = local.checks.0.get(vcpu.current_vmptr())?;
             I::slot(known)
@@ -254,7 +252,7 @@ fn check<I: Inputs>(vcpu: Vcpu, vmcs12: Vmcs12, cont: Continuation, args: [usize
             return Verdict::handled(0);
         }
     }
-    check_slowly::<I>(vcpu, vmcs12, cont, args, mode)
+    check_slowly::<I>(vcpu, vmcs12, third, cont)
 }
 
 /// Lets the stock code decide, and remembers or compares.
@@ -263,11 +261,10 @@ fn check<I: Inputs>(vcpu: Vcpu, vmcs12: Vmcs12, cont: Continuation, args: [usize
 fn check_slowly<I: Inputs>(
     vcpu: Vcpu,
     vmcs12: Vmcs12,
+    third: usize,
     cont: Continuation,
-    args: [usize; 3],
-    mode: Mode,
 ) -> Verdict {
-    if mode == Mode::Off || I::HOOK.livepatched() {
+    if super::mode(NUMBER) == Mode::Off || I::HOOK.livepatched() {
         return Verdict::STOCK;
     }
     let section = InFlight::enter(I::HOOK);
@@ -278,7 +275,8 @@ fn check_slowly<I: Inputs>(
     // Before the stock code reads them: what another thread changes meanwhile then differs later.
     let now = I::capture(vcpu, vmcs12);
     // SAFETY: The continuation and the arguments of the hooked function, in its handler.
-    let ret = unsafe { section.call_stock(cont, args) } as i32;
+    let ret =
+        unsafe { section.call_stock(cont, [vcpu.key(), vmcs12.as_ptr() as usize, third]) } as i32;
 
     let key = vcpu.current_vmptr();
     state::with(vcpu, |local, counters| {
@@ -326,7 +324,7 @@ extern "C" fn mtk_on_check_controls(
 ) -> Verdict {
     // SAFETY: The hooked function's own arguments, in its handler.
     let (v, m) = unsafe { (Vcpu::from_hook(vcpu), Vmcs12::from_hook(vmcs12)) };
-    check::<Controls>(v, m, cont, [vcpu as usize, vmcs12 as usize, 0])
+    check::<Controls>(v, m, 0, cont)
 }
 
 /// Handler of nested_vmx_check_host_state().
@@ -338,7 +336,7 @@ extern "C" fn mtk_on_check_host_state(
 ) -> Verdict {
     // SAFETY: The hooked function's own arguments, in its handler.
     let (v, m) = unsafe { (Vcpu::from_hook(vcpu), Vmcs12::from_hook(vmcs12)) };
-    check::<HostState>(v, m, cont, [vcpu as usize, vmcs12 as usize, 0])
+    check::<HostState>(v, m, 0, cont)
 }
 
 /// Handler of nested_vmx_check_guest_state().
@@ -351,8 +349,7 @@ extern "C" fn mtk_on_check_guest_state(
 ) -> Verdict {
     // SAFETY: The hooked function's own arguments, in its handler.
     let (v, m) = unsafe { (Vcpu::from_hook(vcpu), Vmcs12::from_hook(vmcs12)) };
-    let args = [vcpu as usize, vmcs12 as usize, failure_code as usize];
-    let verdict = check::<GuestState>(v, m, cont, args);
+    let verdict = check::<GuestState>(v, m, failure_code as usize, cont);
     // The stock function's own choice where it passes (ENTRY_FAIL_DEFAULT). Where the stock code
     // ran, a zero result means that this very value stands there already.
     if verdict.is_zero() {
