@@ -13,11 +13,20 @@ use_emu() {
 	EMU_DIR=$CACHE/emu-$(key "${inputs[@]}" layout-1)
 }
 
-# fetch_emu: the upstream tarball as Debian has it. Its checksum is in the archive's signed source index, which is not
-# kept: it is needed this once.
+# fetch_emu: the firmware packages, and the upstream tarball as Debian has it. Its checksum is in the archive's signed
+# source index, which is not kept: it is needed this once. Only without it are the packages of Debian's own build fetched.
 fetch_emu() {
 	mkdir -p -- "$CACHE/dl"
-	[ -z "$(emu_tarball)" ] || return 0
+	has_dl 'bochsbios_*.deb' && has_dl 'vgabios_*.deb' || enter /cache/dl apt-get -q download bochsbios vgabios
+	has_dl 'bochs_*.orig.tar.?z' || fetch_emu_source || {
+		warn "the emulator's source could not be fetched; Debian's own build, half as fast, has to do"
+		enter /cache/dl apt-get -q download bochs bochs-term libltdl7 libreadline8t64
+	}
+}
+
+has_dl() { [ -n "$(find "$CACHE/dl" -name "$1" -print -quit)" ]; }
+
+fetch_emu_source() {
 	enter /cache/dl sh -e -c '
 		mkdir /tmp/lists
 		sed -n "s/^deb /deb-src /p" /etc/apt/sources.list | grep " $1 " >/tmp/src.list
@@ -35,13 +44,9 @@ fetch_emu() {
 		mv "$file.part" "$file"' sh "$SUITE"
 }
 
-emu_tarball() { find "$CACHE/dl" -name 'bochs_*.orig.tar.?z' -printf '%f\n' -quit 2>/dev/null; }
-
-# build_emu: the recipe itself knows what to do without a tarball (Debian's own build, which is half as fast).
+# build_emu: the recipe moves what it made to its place when it is whole.
 build_emu() {
-	local tarball
-	fetch_emu || warn "the emulator's source could not be fetched; the recipe falls back on what it finds"
-	tarball=$(emu_tarball)
-	enter /src scripts/emulator/build "/cache/${EMU_DIR##*/}" ${tarball:+"/cache/dl/$tarball"}
+	fetch_emu
+	enter /src scripts/emulator/build "/cache/${EMU_DIR##*/}" /cache/dl
 	mark_ready "$EMU_DIR"
 }
