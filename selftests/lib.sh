@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: GPL-2.0
+# shellcheck shell=sh
+#
+# What every selftest uses: KTAP output, the module, a guest to run under it, and an ear on the kernel's log.
+# POSIX shell and busybox only: the lab's host has nothing else.
+
+SELFTESTS=$(cd -- "$(dirname -- "$0")" && pwd)
+SYS=/sys/kernel/matryoshka
+CHECKS=$SYS/paths/checks
+DEBUGFS=/sys/kernel/debug/matryoshka
+TRACING=/sys/kernel/tracing
+
+KSFT_FAIL=1
+KSFT_SKIP=4
+
+TMP=
+CASES=0 PLANNED=0 PASSED=0 FAILED=0 SKIPPED=0
+
+# --- KTAP ---
+
+# plan N: N cases follow, and one that every test has: the kernel's log.
+plan() {
+	PLANNED=$(($1 + 1))
+	echo "1..$PLANNED"
+}
+
+case_line() {
+	CASES=$((CASES + 1))
+	echo "$1 $CASES $2"
+}
+
+pass() { PASSED=$((PASSED + 1)); case_line ok "$1"; }
+fail() { FAILED=$((FAILED + 1)); case_line 'not ok' "$1"; }
+skip() { SKIPPED=$((SKIPPED + 1)); case_line ok "$1 # SKIP $2"; }
+
+# say TEXT: a diagnostic line.
+say() { echo "# $*"; }
+
+# check DESCRIPTION COMMAND...: one case; what COMMAND prints is shown if it fails.
+check() {
+	_about=$1
+	shift
+	if "$@" >"$TMP/check" 2>&1; then
+		pass "$_about"
+	else
+		_status=$?
+		say "$* : status $_status"
+		sed 's/^/#   /' "$TMP/check"
+		fail "$_about"
+	fi
+}
+
+# equal WHAT EXPECTED FOUND
+equal() {
+	[ "$2" = "$3" ] || { echo "$1: expected '$2', found '$3'"; return 1; }
+}
+
+# at_least WHAT LEAST FOUND
+at_least() {
+	[ "${3:-0}" -ge "$2" ] || { echo "$1: expected at least $2, found '$3'"; return 1; }
+}
+
+# fails COMMAND...: COMMAND must not succeed.
+fails() {
+	if "$@"; then echo "succeeded: $*"; return 1; fi
+}
+
+skip_all() {
+	echo "1..0 # SKIP $*"
+	exit $KSFT_SKIP
+}
+
+# --- the kernel's log ---
+
+COMPLAINTS='WARNING:|BUG:|Oops|general protection|Call Trace:|refcount_t:|blocked for more than|rcu: INFO|UBSAN|KASAN|nable to handle|scheduling while atomic|cut here|ftrace failed'
+
+mark_log() {
+	MARK="matryoshka selftest $$ $(cut -d' ' -f1 /proc/uptime)"
+	echo "$MARK" >/dev/kmsg
+}
+
+# log_since: the log from the last mark on; all of it if the mark has been pushed out.
+log_since() {
+	dmesg >"$TMP/dmesg"
+	if grep -qF "$MARK" "$TMP/dmesg"; then
+		sed -n "/$MARK/,\$p" "$TMP/dmesg" | tail -n +2
+	else
+		cat "$TMP/dmesg"
+	fi
+}
+
+log_has() { log_since | grep -E -- "$1"; }
+
+log_is_quiet() {
+	if log_since | grep -E -- "$COMPLAINTS"; then return 1; fi
+}
+
+# --- the module ---
+
+loaded() { [ -d /sys/module/matryoshka ]; }
+
+# load [PARAMETER...]
+load() { insmod "$MODULE" "$@"; }
+
+unload() { rmmod matryoshka; }
+
+mode() { cat "$CHECKS/mode"; }
+set_mode() { echo "$1" >"$CHECKS/mode"; }
+counter() { cat "$CHECKS/$1"; }
+state_is() { grep -q "^$1" "$CHECKS/state" || { cat "$CHECKS/state"; return 1; }; }
+
+# attached: how many hooks are attached.
+attached() { grep -cE ' (attached|livepatched) ' "$SYS/hooks"; }
+
+# traced: how many functions ftrace knows that call one of our trampolines.
+traced() { grep -c mtk_tramp "$TRACING/enabled_functions"; }
+
+# find_module: sets MODULE to the matryoshka.ko for this kernel.
+find_module() {
+	for MODULE in "${MATRYOSHKA_KO:-}" /lib/matryoshka/matryoshka.ko "$SELFTESTS/../matryoshka.ko" \
+		"$SELFTESTS/../out/modules-$(uname -r)/matryoshka.ko" \
+		"/lib/modules/$(uname -r)/updates/matryoshka.ko" "/lib/modules/$(uname -r)/updates/dkms/matryoshka.ko"; do
+		[ ! -f "$MODULE" ] || return 0
+	done
+	return 1
+}
+
+# --- KVM ---
+
+kvm_intel_loaded() { [ -d /sys/module/kvm_intel ]; }
+
+# load_kvm_intel: the lab's host keeps its modules flat; any other one has modprobe.
+load_kvm_intel() {
+	_ko=/lib/modules/$(uname -r)/kvm_intel.ko
+	if [ -f "$_ko" ]; then
+		insmod "$_ko" nested=1
+	else
+		modprobe kvm_intel nested=1
+	fi
+	# devtmpfs makes the node a moment later.
+	for _ in 1 2 3 4 5 6 7 8 9 10; do
+		[ ! -c /dev/kvm ] || return 0
+		sleep 0.1
+	done
+}
+
+unload_kvm_intel() { rmmod kvm_intel; }
+
+# --- a guest to run under it ---
+
+# Hypercalls of an L2 and its page faults, in every way that the payload knows.
+BUSY='ops=hypercall:400,touch_reflected/random:512x1,hypercall_ept:400,touch_warm/sequential:512x1'
+
+# guest [DEPTH [OPS]]: runs the payload as L<DEPTH> with a guest of its own; its status says whether it ended well.
+guest() {
+	matryoshka nest --depth "${1:-1}" --plain --timeout 900 --args "${2:-ops=hypercall:100}"
+}
+
+need_guest() {
+	[ -c /dev/kvm ] || skip_all "no /dev/kvm: load kvm_intel"
+	grep -q '[Y1]' /sys/module/kvm_intel/parameters/nested || skip_all "kvm_intel is loaded without nested=1"
+	command -v matryoshka >/dev/null || skip_all "the tool matryoshka is not installed (make install, or PATH=)"
+	[ -f /lib/matryoshka/payload ] || skip_all "the payload is not installed in /lib/matryoshka (make install)"
+}
+
+# keep_busy NAME [DEPTH [OPS]]: runs guests one after the other in the background until stop_busy, and notes how they end.
+keep_busy() {
+	(
+		_n=0
+		while [ ! -e "$TMP/stop" ]; do
+			guest "${2:-1}" "${3:-$BUSY}" >"$TMP/guest-$1.log" 2>&1
+			_status=$?
+			_n=$((_n + 1))
+			echo "$_n" >"$TMP/count-$1"
+			if [ "$_status" -ne 0 ]; then
+				{
+					echo "guest $_n of $1 ended with $_status"
+					tail -n 20 "$TMP/guest-$1.log"
+				} >>"$TMP/lost"
+				break
+			fi
+		done
+	) &
+	BUSY_JOBS="${BUSY_JOBS:-} $!"
+}
+
+# stop_busy: lets the guests that run come to their end.
+stop_busy() {
+	: >"$TMP/stop"
+	for _job in ${BUSY_JOBS:-}; do wait "$_job"; done
+	BUSY_JOBS=
+	rm -f "$TMP/stop"
+}
+
+guests_run() { cat "$TMP/count-$1" 2>/dev/null || echo 0; }
+
+no_guest_lost() {
+	if [ -e "$TMP/lost" ]; then cat "$TMP/lost"; return 1; fi
+}
+
+# --- what memory is used for ---
+
+# slab_objects: a line for each slab cache, name and objects in use, with nothing parked in per-CPU lists.
+slab_objects() {
+	for _cache in /sys/kernel/slab/*/shrink; do
+		echo 1 >"$_cache" 2>/dev/null
+	done
+	awk 'NR > 2 { print $1, $2 }' /proc/slabinfo | sort
+}
+
+vmalloc_bytes() { awk '{ sum += $2 } END { printf "%d\n", sum }' /proc/vmallocinfo; }
+
+# grown BEFORE AFTER LEAST: caches that hold LEAST more objects than before, which none should.
+grown() {
+	awk -v least="$3" 'NR == FNR { before[$1] = $2; next }
+		$2 - before[$1] >= least { print $1 " grew by " $2 - before[$1]; bad = 1 }
+		END { exit bad }' "$1" "$2"
+}
+
+# setting NAME: from the settings file.
+setting() { sed -n "s/^$1=//p" "$SELFTESTS/settings"; }
+
+# --- the frame of a test ---
+
+# restore: leaves the machine as the test found it.
+restore() {
+	trap '' EXIT INT TERM
+	: >"$TMP/stop"
+	for _job in ${BUSY_JOBS:-}; do kill "$_job" 2>/dev/null; done
+	if command -v at_end >/dev/null; then at_end; fi
+	if loaded; then unload; fi
+	rm -rf "$TMP"
+}
+
+# begin: what must be true before any test can run.
+begin() {
+	echo 'TAP version 13'
+	[ "$(id -u)" -eq 0 ] || skip_all "must be run as root"
+	find_module || skip_all "no matryoshka.ko for kernel $(uname -r): make modules, or MATRYOSHKA_KO=FILE"
+	! loaded || skip_all "the module is loaded and may be in use: rmmod matryoshka"
+	grep -qw vmx /proc/cpuinfo || skip_all "this processor has no VMX"
+	[ -d /sys/module/kvm_intel ] || skip_all "kvm_intel is not loaded"
+	TMP=$(mktemp -d)
+	trap 'restore' EXIT
+	trap 'exit 130' INT
+	trap 'exit 143' TERM
+	mark_log
+}
+
+# finish: the last case, the totals, the exit status.
+finish() {
+	check "the kernel did not complain" log_is_quiet
+	if [ "$CASES" -ne "$PLANNED" ]; then
+		say "$CASES cases ran and $PLANNED were planned"
+		FAILED=$((FAILED + 1))
+	fi
+	echo "# Totals: pass:$PASSED fail:$FAILED xfail:0 xpass:0 skip:$SKIPPED error:0"
+	[ "$FAILED" -eq 0 ] || exit $KSFT_FAIL
+	[ "$PASSED" -gt 0 ] || exit $KSFT_SKIP
+	exit 0
+}

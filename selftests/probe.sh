@@ -1,0 +1,30 @@
+#!/bin/sh
+# SPDX-License-Identifier: GPL-2.0
+# The guest cannot tell: the payload's correctness probe prints, byte for byte, the same with the module absent, on and
+# in mode check, at every depth; and check finds no mismatch. MATRYOSHKA_PROBE_DEPTHS says which depths.
+. "$(dirname "$0")/lib.sh"
+
+depths=${MATRYOSHKA_PROBE_DEPTHS:-1 2}
+
+# probe DEPTH: runs it with each config; a log for each in $TMP/DEPTH.
+probe() {
+	mkdir -p "$TMP/$1"
+	matryoshka bench --test --depth "$1" --config stock,l0,check --log "$TMP/$1"
+}
+
+begin
+need_guest
+# shellcheck disable=SC2086 # words
+set -- $depths
+plan $(($# * 5))
+for depth; do
+	check "depth $depth: the probe runs and finds what the SDM says" probe "$depth"
+	say "depth $depth: $(wc -l <"$TMP/$depth/stock.log" 2>/dev/null || echo 0) lines of answers"
+	check "depth $depth: there are answers" test -s "$TMP/$depth/stock.log"
+	check "depth $depth: the same with the paths on" cmp "$TMP/$depth/stock.log" "$TMP/$depth/l0.log"
+	check "depth $depth: the same in mode check" cmp "$TMP/$depth/stock.log" "$TMP/$depth/check.log"
+	loaded || load
+	check "depth $depth: check found no mismatch" equal mismatches 0 "$(counter mismatches)"
+	unload
+done
+finish
