@@ -42,8 +42,9 @@ unprivileged() {
 	if command -v setpriv >/dev/null 2>&1 && setpriv --reuid 65534 --clear-groups true 2>/dev/null; then
 		setpriv --reuid 65534 --regid 65534 --clear-groups sh -c "$1"
 	else
-		# busybox has no better way: the name only has to be one that nothing running has.
-		start-stop-daemon -S -q -n no-such-process -c 65534:65534 -a /bin/sh -- -c "$1"
+		# The lab's host has busybox and no user but root.
+		grep -q ^nobody: /etc/passwd || [ ! -d /etc/emu ] || echo 'nobody:x:65534:65534::/:/bin/sh' >>/etc/passwd
+		su -s /bin/sh nobody -c "$1"
 	fi
 }
 

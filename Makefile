@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: GPL-2.0
+#
+# `make help` says what there is. Kbuild has the module itself; this file is for people.
+
+OUT := $(CURDIR)/out
+LAB := scripts/lab
+EMU := scripts/emu
+
+# A kernel that the mirror offers, instead of the newest one.
+KERNEL ?=
+export KERNEL
+
+# What `make run` and `make bench` measure.
+DEPTHS ?= 1,2,3
+CONFIGS ?= stock,idle,l0
+OPS ?= hypercall,cpuid,vmread_unshadowed,vmptrld_switch,touch_cold
+# What `make profile` looks into.
+OP ?= hypercall
+DEPTH ?= 2
+
+# For the kernel that this machine runs, or another one's tree.
+KVER ?= $(shell uname -r)
+KDIR ?= /lib/modules/$(KVER)/build
+
+emu = $(EMU) run $(if $(KERNEL),--kernel $(KERNEL)) --out $(OUT)/$(1)
+
+.PHONY: help
+help:
+	@echo 'Matryoshka: cheap nested virtualization, at every depth.'
+	@echo ''
+	@echo 'In the lab (an emulated host with VMX on a stock Debian kernel; needs no VMX of this machine):'
+	@echo '  make run       stock KVM and Matryoshka side by side, as L1, L2 and L3; writes out/bench.json'
+	@echo '  make test      everything that can be tested, ending in one table'
+	@echo '  make bench     the same measurement as run, with all operations; or choose:'
+	@echo '                   make bench DEPTHS=2 CONFIGS=stock,l0 OPS=hypercall,touch_cold'
+	@echo '  make profile   which kernel functions an operation spends its instructions in:'
+	@echo '                   make profile OP=hypercall DEPTH=2'
+	@echo '  make shell     a shell on the emulated host, with the module and the tool at hand'
+	@echo '  make lab       only set it up: once, cached in $${MATRYOSHKA_CACHE:-~/.cache/matryoshka}'
+	@echo '  KERNEL=V       with any of these: another kernel than the newest (scripts/lab kernels lists them)'
+	@echo ''
+	@echo 'On a host with VMX, as root:'
+	@echo '  make modules           build matryoshka.ko for the running kernel'
+	@echo '                           make modules KDIR=/path/to/a/prepared/kernel/tree'
+	@echo '  make modules_install   install it below /lib/modules; then: modprobe matryoshka'
+	@echo '  make install           the tool, the payload and the guest kernel; then: matryoshka doctor'
+	@echo '  make -C selftests run_tests'
+	@echo '  make uninstall         remove what make install put there'
+	@echo ''
+	@echo 'While changing something:'
+	@echo '  make check     the part of `make test` that boots nothing: unit and property tests, formatting,'
+	@echo '                 lints, the module with W=1'
+	@echo '  make build     compile the tool, the payload and the modules in the lab'
+	@echo '  make clean     remove out/; make distclean also the lab'
+
+# --- in the lab ---
+
+.PHONY: lab build run bench profile shell test check
+lab:
+	@$(LAB) setup $(if $(KERNEL),--kernel $(KERNEL))
+
+build: lab
+	@$(LAB) build $(if $(KERNEL),--kernel $(KERNEL))
+
+run: build
+	@$(call emu,run) -- matryoshka bench --depth $(DEPTHS) --config $(CONFIGS) --ops $(OPS) --json /out/bench.json
+	@cp $(OUT)/run/bench.json $(OUT)/bench.json
+	@echo 'written to out/bench.json'
+
+ALL_OPS = $(if $(filter command% environment%,$(origin OPS)),--ops $(OPS))
+
+bench: build
+	@$(call emu,bench) -- matryoshka bench --depth $(DEPTHS) --config $(CONFIGS) $(ALL_OPS) --json /out/bench.json
+	@cp $(OUT)/bench/bench.json $(OUT)/bench.json
+	@echo 'written to out/bench.json'
+
+profile: build
+	@scripts/profile $(OP) --depth $(DEPTH) $(if $(KERNEL),--kernel $(KERNEL)) --out $(OUT)/profile
+
+shell: build
+	@$(EMU) shell $(if $(KERNEL),--kernel $(KERNEL))
+
+test:
+	@scripts/test
+
+check: lab
+	@scripts/check
+
+# --- for this machine's own kernel ---
+
+.PHONY: modules modules_install dkms install uninstall
+# The tree knows which kernel it is.
+RELEASE = $(or $(shell cat $(KDIR)/include/config/kernel.release 2>/dev/null),$(KVER))
+MODULES = $(OUT)/modules-$(RELEASE)
+kbuild = $(MAKE) -C $(KDIR) $(shell scripts/check-kdir --flags $(KDIR)) M=$(CURDIR)
+
+modules:
+	@scripts/check-kdir $(KDIR)
+	@mkdir -p $(MODULES)
+	+$(kbuild) MO=$(MODULES) modules
+	@echo 'built $(MODULES)/matryoshka.ko'
+
+modules_install:
+	@test -f $(MODULES)/matryoshka.ko || { echo 'nothing is built yet: make modules' >&2; exit 1; }
+	+$(kbuild) MO=$(MODULES) modules_install
+
+# dkms.conf calls this, with KVER and KDIR.
+dkms:
+	@mkdir -p $(OUT)/dkms
+	@if scripts/check-kdir $(KDIR) 2>/dev/null; then kdir=$(KDIR); else \
+		kdir=$$(KDIR_HEADERS=$(KDIR) $(LAB) prepare-kdir --kernel $(KVER)) || exit 1; fi && \
+	$(MAKE) -C $$kdir $$(scripts/check-kdir --flags $$kdir) M=$(CURDIR) MO=$(OUT)/dkms modules
+
+install: build
+	@scripts/install
+
+uninstall:
+	@scripts/install --remove
+
+# --- cleaning ---
+
+.PHONY: clean distclean
+clean:
+	rm -rf $(OUT)
+	+@$(MAKE) -s -C selftests clean
+
+distclean: clean
+	@$(LAB) clean
