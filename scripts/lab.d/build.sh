@@ -5,12 +5,12 @@
 
 # use_builds: set TOOL, PAYLOAD, MODULE, GUEST_MODULE to where the builds for $KVER and $GVER put them.
 use_builds() {
-	local target=$CACHE/target/x86_64-unknown-linux-gnu/release
+	local target=$CACHE/target-$CHECKOUT/x86_64-unknown-linux-gnu/release
 	TOOL=$target/matryoshka
 	PAYLOAD=$target/payload
-	MODULE_DIR=$CACHE/mod-$KVER-$(key "$KVER" host layout-1)
+	MODULE_DIR=$CACHE/mod-$KVER-$(key "$KVER" host "$CHECKOUT" layout-1)
 	MODULE=$MODULE_DIR/matryoshka.ko
-	GUEST_MODULE_DIR=$CACHE/mod-$GVER-$(key "${GUEST_DIR##*/}" layout-1)
+	GUEST_MODULE_DIR=$CACHE/mod-$GVER-$(key "${GUEST_DIR##*/}" "$CHECKOUT" layout-1)
 	GUEST_MODULE=$GUEST_MODULE_DIR/matryoshka.ko
 }
 

@@ -9,6 +9,10 @@ CACHE=${MATRYOSHKA_CACHE:-${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/matryoshka}
 JOBS=${JOBS:-$(nproc 2>/dev/null || echo 2)}
 LOGS=$CACHE/log
 
+# Several checkouts may share a cache; what is built from a checkout's own sources is kept apart for each.
+CHECKOUT=${MATRYOSHKA_CHECKOUT:-$(printf '%s' "$PROJECT" | sha256sum | cut -c1-6)}
+export MATRYOSHKA_CHECKOUT=$CHECKOUT
+
 say()  { printf '%s\n' "$*"; }
 note() { printf 'lab: %s\n' "$*" >&2; }
 warn() { printf 'lab: warning: %s\n' "$*" >&2; }

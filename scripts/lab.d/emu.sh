@@ -50,3 +50,8 @@ build_emu() {
 	enter /src scripts/emulator/build "/cache/${EMU_DIR##*/}" /cache/dl
 	mark_ready "$EMU_DIR"
 }
+
+# emu_permille LOG: the recipe builds two programs and says how far each is.
+emu_permille() {
+	awk '/building bochs: / { p = $(NF - 3) * 5 } /building bochs-prof: / { p = 500 + $(NF - 3) * 5 } END { print p + 0 }' "$1"
+}

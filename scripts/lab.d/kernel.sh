@@ -16,7 +16,9 @@ use_kernel() {
 
 # wanted_kernel: the version asked for, or the one the last set-up resolved, or nothing.
 wanted_kernel() {
-	if [ -n "${KERNEL:-}" ]; then printf '%s-amd64\n' "${KERNEL%-amd64}"
+	# Whoever evaluates what `paths` prints may have KERNEL exported, and then it is the kernel's directory.
+	if [ -n "${KERNEL:-}" ] && [ "${KERNEL##*/kernel-}" != "$KERNEL" ]; then printf '%s\n' "${KERNEL##*/kernel-}"
+	elif [ -n "${KERNEL:-}" ]; then printf '%s-amd64\n' "${KERNEL%-amd64}"
 	elif [ -s "$CACHE/kernel-current" ]; then cat -- "$CACHE/kernel-current"; fi
 }
 

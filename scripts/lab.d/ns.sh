@@ -167,7 +167,7 @@ in_enter() {
 	exec env -i "${env[@]}" \
 		PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 \
 		MATRYOSHKA_INSIDE=1 MATRYOSHKA_CACHE=/cache JOBS="$JOBS" \
-		CARGO_HOME=/cache/cargo CARGO_TARGET_DIR=/cache/target \
+		CARGO_HOME=/cache/cargo CARGO_TARGET_DIR="/cache/target-$CHECKOUT" \
 		CARGO_HTTP_CAINFO=/etc/ssl/certs/ca-certificates.crt SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt \
 		chroot "$ROOT" /bin/sh -c 'cd "$1" && shift && exec "$@"' sh "$dir" "$@" 9>&-
 }

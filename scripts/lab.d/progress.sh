@@ -9,7 +9,8 @@ declare -a STEP_NAME STEP_FN STEP_SECONDS STEP_LINES
 PLAN_SPENT=0     # seconds that finished steps took
 PLAN_EXPECTED=0  # seconds that they were expected to take
 
-# step NAME FUNCTION SECONDS LINES: add to the plan; LINES 0 means progress is told by time alone.
+# step NAME FUNCTION SECONDS LINES: add to the plan. LINES 0 means that progress is told by time alone; instead of a
+# number it may be a function that reads progress, in thousandths, from the log it is given.
 step() {
 	STEP_NAME+=("$1") STEP_FN+=("$2") STEP_SECONDS+=("$3") STEP_LINES+=("$4")
 }
@@ -27,7 +28,9 @@ scaled() {
 # step_permille INDEX ELAPSED LOG: how far a running step is. Never quite done: only its end says that.
 step_permille() {
 	local done_ expected lines
-	if [ "${STEP_LINES[$1]}" -gt 0 ]; then
+	if [[ ${STEP_LINES[$1]} != [0-9]* ]]; then
+		done_=$("${STEP_LINES[$1]}" "$3")
+	elif [ "${STEP_LINES[$1]}" -gt 0 ]; then
 		lines=$(wc -l <"$3")
 		done_=$((lines * 1000 / STEP_LINES[$1]))
 	else

@@ -110,6 +110,23 @@ cmd_doctor() {
 	return "$DOCTOR"
 }
 
+# stale: set STALE to the pieces that this checkout, with the kernels there are, no longer uses.
+stale() {
+	local piece
+	local -A used=()
+	STALE=()
+	find_root; use_emu
+	used[$ROOT]=1 used[$EMU_DIR]=1
+	for piece in "$CACHE"/kernel-*/; do
+		use_kernel "$(basename -- "${piece#*/kernel-}")"; use_guest; use_builds
+		used[$GUEST_DIR]=1 used[$MODULE_DIR]=1 used[$GUEST_MODULE_DIR]=1
+	done
+	for piece in "$CACHE"/{root,guest,emu,mod}-*; do
+		[ ! -d "$piece" ] || [ -n "${used[$piece]:-}" ] || STALE+=("${piece##*/}")
+	done
+	[ ${#STALE[@]} -eq 0 ] || note "removing ${STALE[*]}"
+}
+
 # in_clean GLOB...: removing takes the same namespaces as making, for whoever is not root.
 in_clean() {
 	local pattern
@@ -127,9 +144,10 @@ cmd_clean() {
 	kernel) what=('kernel-*' 'source-*') ;;
 	guest) what=('guest-*') ;;
 	emu) what=('emu-*') ;;
-	tool) what=(target) ;;
+	tool) what=('target-*') ;;
 	module) what=('mod-*') ;;
-	all) what=('root-*' 'kernel-*' 'source-*' 'guest-*' 'emu-*' 'mod-*' target cargo dl log mmdebstrap) ;;
+	stale) stale; what=("${STALE[@]}") ;;
+	all) what=('root-*' 'kernel-*' 'source-*' 'guest-*' 'emu-*' 'mod-*' 'target-*' 'check-*' 'kdir-*' cargo dl log mmdebstrap) ;;
 	*) usage_error "clean: no such piece: $1" ;;
 	esac
 	[ -d "$CACHE" ] || { note "nothing to remove"; return; }

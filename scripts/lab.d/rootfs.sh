@@ -14,6 +14,7 @@ ROOT_PACKAGES=(
 	xz-utils zstd
 	rustc rust-src cargo rustfmt rust-clippy bindgen clang lld llvm
 	busybox-static isolinux syslinux-common xorriso
+	shellcheck
 )
 
 # find_root: set ROOT to the root file system that this version of the lab wants.

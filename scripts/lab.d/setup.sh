@@ -16,7 +16,7 @@ plan_setup() {
 	fi
 	if [ -z "$KNOWN" ] || { use_guest; ! ready "$GUEST_DIR"; }; then step "guest kernel" guest_known 300 1620; fi
 	use_emu
-	if [ -n "$EMU_DIR" ] && ! ready "$EMU_DIR"; then step "emulator" build_emu 180 0; fi
+	if [ -n "$EMU_DIR" ] && ! ready "$EMU_DIR"; then step "emulator" build_emu 180 emu_permille; fi
 	if [ -f "$PROJECT/rust/Cargo.lock" ] &&
 	   [ "$(cat -- "$CACHE/cargo/.fetched" 2>/dev/null)" != "$(key "$PROJECT/rust/Cargo.lock")" ]; then
 		step "crates" crates 15 0
