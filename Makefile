@@ -31,7 +31,7 @@ help:
 	@echo 'In the lab (an emulated host with VMX on a stock Debian kernel; needs no VMX of this machine):'
 	@echo '  make run       stock KVM and Matryoshka side by side, as L1, L2 and L3; writes out/bench.json'
 	@echo '  make test      everything that can be tested, ending in one table'
-	@echo '  make bench     the same measurement as run, with all operations; or choose:'
+	@echo '  make bench     the same with every operation; or choose:'
 	@echo '                   make bench DEPTHS=2 CONFIGS=stock,l0 OPS=hypercall,touch_cold'
 	@echo '  make profile   which kernel functions an operation spends its instructions in:'
 	@echo '                   make profile OP=hypercall DEPTH=2'
@@ -67,10 +67,11 @@ run: build
 	@cp $(OUT)/run/bench.json $(OUT)/bench.json
 	@echo 'written to out/bench.json'
 
-ALL_OPS = $(if $(filter command% environment%,$(origin OPS)),--ops $(OPS))
+# With no choice made, bench measures every operation and run the few that tell most.
+ALL_OPS = $(if $(filter file,$(origin OPS)),every,$(OPS))
 
 bench: build
-	@$(call emu,bench) -- matryoshka bench --depth $(DEPTHS) --config $(CONFIGS) $(ALL_OPS) --json /out/bench.json
+	@$(call emu,bench) -- matryoshka bench --depth $(DEPTHS) --config $(CONFIGS) --ops $(ALL_OPS) --json /out/bench.json
 	@cp $(OUT)/bench/bench.json $(OUT)/bench.json
 	@echo 'written to out/bench.json'
 

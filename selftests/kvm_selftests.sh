@@ -36,5 +36,5 @@ set_mode check
 config=check
 run_all
 check "check compared something" at_least checked 1 "$(counter checked)"
-check "without a mismatch" equal mismatches 0 "$(counter mismatches)"
+check "without a mismatch" equal mismatches 0 "$(mismatches)"
 finish

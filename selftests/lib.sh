@@ -104,9 +104,20 @@ load() { insmod "$MODULE" "$@"; }
 
 unload() { rmmod matryoshka; }
 
+# The path `checks` is on every kernel that the module fits, so it stands for any path where one is enough.
 mode() { cat "$CHECKS/mode"; }
-set_mode() { echo "$1" >"$CHECKS/mode"; }
 counter() { cat "$CHECKS/$1"; }
+
+# set_mode MODE: of every path that can work here.
+set_mode() {
+	for _path in "$SYS"/paths/*; do
+		grep -q ^unavailable "$_path/state" || echo "$1" >"$_path/mode" || return 1
+	done
+}
+
+# mismatches: of all paths together; anything but 0 is a bug.
+mismatches() { cat "$SYS"/paths/*/mismatches | awk '{ sum += $1 } END { print sum + 0 }'; }
+
 state_is() { grep -q "^$1" "$CHECKS/state" || { cat "$CHECKS/state"; return 1; }; }
 
 # attached: how many hooks are attached.

@@ -24,7 +24,7 @@ for depth; do
 	check "depth $depth: the same with the paths on" cmp "$TMP/$depth/stock.log" "$TMP/$depth/l0.log"
 	check "depth $depth: the same in mode check" cmp "$TMP/$depth/stock.log" "$TMP/$depth/check.log"
 	loaded || load
-	check "depth $depth: check found no mismatch" equal mismatches 0 "$(counter mismatches)"
+	check "depth $depth: check found no mismatch" equal mismatches 0 "$(mismatches)"
 	unload
 done
 finish
