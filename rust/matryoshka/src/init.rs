@@ -23,9 +23,16 @@ use vmm::{module, Error};
 use crate::term::Raw;
 use crate::Code;
 
+/// What every level needs, the parent's mailbox (/dev/mem) first of all.
+fn mounts() -> Result<(), Error> {
+    mount(c"devtmpfs", c"/dev")?;
+    mount(c"proc", c"/proc")?;
+    mount(c"sysfs", c"/sys")
+}
+
 /// Runs this level and ends the machine.
 pub fn main() -> ! {
-    let parent = match Parent::open() {
+    let parent = match mounts().and_then(|()| Parent::open()) {
         Ok(p) => p,
         Err(e) => {
             eprintln!("matryoshka: as PID 1 outside a stack, or in a guest without it: {e}");
@@ -33,13 +40,13 @@ pub fn main() -> ! {
         }
     };
     std::panic::set_hook(Box::new(move |info| {
-        parent.text(&format!("matryoshka init: {info}\n"))
+        parent.line(&format!("matryoshka init: {info}"))
     }));
     let status = match level(parent) {
         Ok(status) => status,
         Err((level, e)) => {
             for line in format!("matryoshka: {e}").lines() {
-                parent.text(&format!("{}\n", tag(level, line)));
+                parent.line(&tag(level, line));
             }
             Code::Failed as u32
         }
@@ -51,12 +58,14 @@ pub fn main() -> ! {
 fn level(parent: Parent) -> Result<u32, (u32, Error)> {
     let spec = stack::read_spec(Path::new(SPEC_FILE)).map_err(|e| (0, e))?;
     let fail = |e| (spec.level, e);
-    mount(c"devtmpfs", c"/dev").map_err(fail)?;
-    mount(c"proc", c"/proc").map_err(fail)?;
-    mount(c"sysfs", c"/sys").map_err(fail)?;
     if spec.level == spec.depth {
         return innermost(&spec, parent).map_err(fail);
     }
+    // Linux switches huge pages off below 512 MiB. The next level's memory wants them:
+    // without, that guest takes eight times the EPT violations. Not every kernel has
+    // the file, and nothing but speed depends on it.
+    let _ = fs::write("/sys/kernel/mm/transparent_hugepage/enabled", "madvise");
+    let _ = fs::write("/sys/kernel/mm/transparent_hugepage/defrag", "madvise");
     let files = Files::new(Path::new(DIR), Path::new("/init"));
     for name in KVM_MODULES {
         let params = match name {
@@ -86,25 +95,23 @@ fn level(parent: Parent) -> Result<u32, (u32, Error)> {
         limit: None,
     };
     let outcome = stack::run(&spec, &files, local, &mut Relay(parent)).map_err(fail)?;
-    if spec.verbose {
-        parent.text(&format!(
-            "{}\n",
-            tag(spec.level, &stats_line(&outcome.stats))
-        ));
+    if spec.verbose > 0 {
+        parent.line(&tag(spec.level, &stats_line(&outcome.stats)));
     }
     match outcome.exit {
         Exit::Done(status) => Ok(status),
         bad => {
             let text = format!("matryoshka: L{} {bad}", spec.level + 1);
             for line in text.lines() {
-                parent.text(&format!("{}\n", tag(spec.level, line)));
+                parent.line(&tag(spec.level, line));
             }
             Ok(Code::Guest as u32)
         }
     }
 }
 
-/// The guest's exits in one line: all, and those of each kind that happened.
+/// The guest's exits in one line: all, those of each kind that happened, and what
+/// tells how its memory is mapped.
 pub fn stats_line(stats: &BTreeMap<String, u64>) -> String {
     let Some(all) = stats.get("exits") else {
         return "this kernel does not count exits".into();
@@ -113,6 +120,11 @@ pub fn stats_line(stats: &BTreeMap<String, u64>) -> String {
         .iter()
         .filter(|(k, &n)| k.ends_with("_exits") && n != 0)
         .map(|(k, n)| format!("{} {n}", k.trim_end_matches("_exits")))
+        .chain(
+            ["pf_taken", "pages_4k", "pages_2m"]
+                .iter()
+                .filter_map(|&k| Some(format!("{k} {}", stats.get(k)?))),
+        )
         .collect();
     format!("its guest made {all} exits ({})", kinds.join(", "))
 }
@@ -126,7 +138,7 @@ impl Handler for Relay {
     }
 
     fn console_line(&mut self, level: u32, line: &str) {
-        self.0.text(&format!("{}\n", tag(level, line)));
+        self.0.line(&tag(level, line));
     }
 
     fn raw(&mut self, bytes: &[u8]) {
@@ -196,11 +208,9 @@ fn innermost(spec: &Spec, parent: Parent) -> Result<u32, Error> {
     let mut lines = Lines::default();
     let mut buf = [0u8; 4096];
     while let Ok(n @ 1..) = reader.read(&mut buf) {
-        lines.push(&buf[..n], |l| {
-            parent.text(&format!("{}\n", tag(spec.level, l)))
-        });
+        lines.push(&buf[..n], |l| parent.line(&tag(spec.level, l)));
     }
-    lines.flush(|l| parent.text(&format!("{}\n", tag(spec.level, l))));
+    lines.flush(|l| parent.line(&tag(spec.level, l)));
     let status = child.wait().map_err(|source| Error::Os {
         what: "wait",
         source,

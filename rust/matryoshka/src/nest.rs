@@ -92,9 +92,9 @@ pub struct NestArgs {
     #[arg(long)]
     plain: bool,
 
-    /// Guest kernels say everything, and each level reports the exits of its guest
-    #[arg(long, short)]
-    verbose: bool,
+    /// Each level reports the exits of its guest; twice, and guest kernels say everything
+    #[arg(long, short, action = clap::ArgAction::Count)]
+    verbose: u8,
 }
 
 fn parse_config(s: &str) -> Result<Config, String> {
@@ -213,7 +213,7 @@ pub fn run(args: NestArgs) -> ExitCode {
             }
         }
         Ok(o) => {
-            if args.verbose {
+            if args.verbose > 0 {
                 eprintln!(
                     "matryoshka: L1 ended after {:.1} s; {}",
                     started.elapsed().as_secs_f64(),

@@ -16,10 +16,15 @@ pub const TOUCH: u16 = 0x4D0C;
 pub const NOP: u16 = 0x4D10;
 /// Number of 4 KiB pages in the touch region, 32-bit IN.
 pub const TOUCH_PAGES: u16 = 0x4D14;
+/// Console text again, 32-bit OUT of how many bytes of it lie in the [`MAILBOX`]. One exit for a
+/// whole line: KVM lets a `rep outsb` exit for each byte.
+pub const TEXT: u16 = 0x4D18;
+/// As [`TEXT`], for raw bytes of an interactive console, which go to L0's standard output as they are.
+pub const RAW: u16 = 0x4D1C;
 /// First port of the device.
 pub const FIRST: u16 = CONSOLE;
 /// One past the last port of the device.
-pub const END: u16 = 0x4D18;
+pub const END: u16 = 0x4D20;
 
 /// Words for [`TOUCH`]: bits 7:0 what to do, bits 31:8 how many pages from the start of the region
 /// (0: all of it).
@@ -44,3 +49,9 @@ pub mod touch {
 /// Guest-physical address where the touch region starts: its own memslot, backed with 4 KiB pages
 /// only (MADV_NOHUGEPAGE), or the counts would be those of a huge page.
 pub const TOUCH_BASE: u64 = 0x4000_0000;
+
+/// Guest-physical address of the page through which [`TEXT`] and [`RAW`] pass bytes. It is below the
+/// end of conventional memory and not part of the memory that a guest kernel is told of.
+pub const MAILBOX: u64 = 0x9_E000;
+/// Bytes in it.
+pub const MAILBOX_SIZE: usize = 4096;

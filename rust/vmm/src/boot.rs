@@ -12,8 +12,9 @@ use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::loader::{BzImage, Elf, KernelLoader};
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::control::MAILBOX;
 use crate::memory::Memory;
-use crate::mptable::{self, MPTABLE_START};
+use crate::mptable::MPTABLE_START;
 use crate::{Error, Result};
 
 /// Guest-physical addresses of what the loader leaves below 1 MiB.
@@ -27,7 +28,7 @@ const ZERO_PAGE: u64 = 0x1_0000;
 const CMDLINE: u64 = 0x2_0000;
 /// Bytes of command line that Linux takes (COMMAND_LINE_SIZE), with the NUL.
 pub const CMDLINE_MAX: usize = 2048;
-const LOW_RAM_END: u64 = MPTABLE_START;
+const LOW_RAM_END: u64 = MAILBOX;
 const HIGH_RAM: u64 = 0x10_0000;
 /// Where a bzImage's protected-mode part is put, its preferred address.
 const BZIMAGE_START: u64 = 0x100_0000;
@@ -56,7 +57,8 @@ pub struct Entry {
     pub rdi: u64,
 }
 
-/// Loads a kernel (vmlinux ELF or bzImage), an initramfs and a command line.
+/// Loads a kernel (vmlinux ELF or bzImage), an initramfs, a command line and an MP
+/// table.
 ///
 /// The kernel needs `initramfs` as a whole in memory; it is put at the end of RAM
 /// below 4 GiB, page-aligned, where it is in nobody's way.
@@ -65,7 +67,7 @@ pub fn load_linux(
     kernel: &Path,
     initramfs: &[u8],
     cmdline: &str,
-    cpus: u8,
+    mptable: &[u8],
 ) -> Result<Entry> {
     let image = |what: String| Error::Image {
         path: kernel.to_owned(),
@@ -148,7 +150,7 @@ pub fn load_linux(
     put(initramfs, initrd_at)?;
     put(cmdline.as_bytes(), CMDLINE)?;
     put(&[0], CMDLINE + cmdline.len() as u64)?;
-    put(&mptable::build(cpus), MPTABLE_START)?;
+    put(mptable, MPTABLE_START)?;
     guest
         .write_obj(params, GuestAddress(ZERO_PAGE))
         .map_err(|e| Error::Memory(format!("zero page: {e}")))?;
@@ -160,7 +162,7 @@ pub fn load_linux(
     })
 }
 
-/// The memory map: main memory less the hole from the MP table to 1 MiB.
+/// The memory map: main memory less the hole from the mailbox to 1 MiB.
 fn e820(ranges: &[(u64, u64)]) -> Vec<(u64, u64)> {
     let mut map = vec![(0, LOW_RAM_END)];
     for &(start, len) in ranges {
@@ -240,10 +242,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn memory_map_leaves_the_mp_table_out() {
+    fn memory_map_leaves_the_mailbox_out() {
         assert_eq!(
             e820(&[(0, 64 << 20)]),
-            vec![(0, 0x9_fc00), (0x10_0000, (64 << 20) - 0x10_0000)]
+            vec![(0, 0x9_e000), (0x10_0000, (64 << 20) - 0x10_0000)]
         );
         let split = e820(&[(0, 0xc000_0000), (1 << 32, 1 << 30)]);
         assert_eq!(split[2], (1 << 32, 1 << 30));
@@ -264,7 +266,7 @@ mod tests {
         let p = std::env::temp_dir().join(format!("mtk-notakernel-{}", std::process::id()));
         std::fs::write(&p, vec![0u8; 4096]).unwrap();
         let mem = Memory::new(2, 0).unwrap();
-        let e = load_linux(&mem, &p, &[], "", 1).unwrap_err().to_string();
+        let e = load_linux(&mem, &p, &[], "", &[]).unwrap_err().to_string();
         std::fs::remove_file(&p).unwrap();
         assert!(e.contains("neither a vmlinux ELF nor a bzImage"), "{e}");
     }

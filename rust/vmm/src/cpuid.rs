@@ -17,8 +17,17 @@ pub struct Topology {
     pub cpus: u32,
     /// Frequency of the guest's TSC in kHz (KVM_GET_TSC_KHZ).
     pub tsc_khz: u32,
+    /// Whether this CPU itself has UMIP.
+    pub umip: bool,
     /// KVM_CAP_TSC_DEADLINE_TIMER: KVM_GET_SUPPORTED_CPUID never says so itself.
     pub tsc_deadline: bool,
+}
+
+/// Whether the CPU this runs on has UMIP itself (CPUID leaf 7, ECX bit 2).
+pub fn host_has_umip() -> bool {
+    use std::arch::x86_64::{__cpuid, __cpuid_count};
+    // SAFETY: CPUID is always there in 64-bit mode and changes nothing.
+    unsafe { __cpuid(0).eax >= 7 && __cpuid_count(7, 0).ecx & (1 << 2) != 0 }
 }
 
 /// Mends the leaves that KVM passes through from the host.
@@ -41,6 +50,9 @@ pub fn mend(entries: &mut [kvm_cpuid_entry2], t: &Topology) {
                 // Bit 28 (HTT) says that EBX[23:16] is valid.
                 e.edx = (e.edx & !(1 << 28)) | (u32::from(t.cpus > 1) << 28);
             }
+            // KVM offers UMIP (ECX bit 2) even where it must emulate it, by intercepting
+            // every use of the descriptor-table registers: 200 exits in a boot.
+            0x7 if e.index == 0 && !t.umip => e.ecx &= !(1 << 2),
             // No performance counters: nobody here uses them, and a guest kernel
             // that finds them reads and writes dozens of MSRs at boot.
             0xa => (e.eax, e.ebx, e.ecx, e.edx) = (0, 0, 0, 0),
@@ -83,6 +95,7 @@ mod tests {
             apic_id,
             cpus,
             tsc_khz: 3_500_123,
+            umip: false,
             tsc_deadline: true,
         }
     }
@@ -106,6 +119,14 @@ mod tests {
         assert_ne!(e[0].ecx & (1 << 24), 0);
         assert_ne!(e[0].ecx & (1 << 31), 0);
         assert_ne!(e[0].edx & (1 << 28), 0);
+    }
+
+    #[test]
+    fn emulated_umip_is_hidden() {
+        let mut e = [leaf(7, 0), leaf(7, 1)];
+        (e[0].ecx, e[1].ecx) = (0b101, 0b101);
+        mend(&mut e, &topology(1, 0));
+        assert_eq!((e[0].ecx, e[1].ecx), (0b001, 0b101));
     }
 
     #[test]

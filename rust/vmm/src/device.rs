@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The port I/O devices of a machine: COM1, the reset lines, the control device.
 
+use vm_memory::{Bytes, GuestAddress};
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
@@ -110,7 +111,15 @@ impl<'a> Bus<'a> {
                 let host = &mut self.host;
                 self.text.push(data, |l| host.line(Source::Control, l));
             }
-            ctl::RAW => self.host.raw(data),
+            ctl::TEXT => {
+                let bytes = self.mailbox(word());
+                let host = &mut self.host;
+                self.text.push(&bytes, |l| host.line(Source::Control, l));
+            }
+            ctl::RAW => {
+                let bytes = self.mailbox(word());
+                self.host.raw(&bytes);
+            }
             ctl::DONE => return Flow::End(Exit::Done(word())),
             ctl::TOUCH => {
                 let (what, pages) = ctl::touch::unpack(word());
@@ -151,6 +160,19 @@ impl<'a> Bus<'a> {
         let host = &mut self.host;
         self.text.flush(|l| host.line(Source::Control, l));
         self.serial_lines.flush(|l| host.line(Source::Serial, l));
+    }
+
+    /// The first `n` bytes of the mailbox, or as many as it has.
+    fn mailbox(&self, n: u32) -> Vec<u8> {
+        let mut bytes = vec![0; (n as usize).min(ctl::MAILBOX_SIZE)];
+        match self
+            .mem
+            .guest()
+            .read_slice(&mut bytes, GuestAddress(ctl::MAILBOX))
+        {
+            Ok(()) => bytes,
+            Err(_) => Vec::new(),
+        }
     }
 
     fn serial_output(&mut self) {
@@ -213,12 +235,18 @@ mod tests {
             b.out(ctl::CONSOLE, b"one\ntw");
             b.out(COM1, b"k");
             b.out(COM1, b"\n");
-            b.out(ctl::CONSOLE, b"o");
+            b.out(ctl::CONSOLE, b"o\n");
+            b.mem
+                .guest()
+                .write_slice(b"three\n??", GuestAddress(ctl::MAILBOX))
+                .unwrap();
+            b.out(ctl::TEXT, &6u32.to_le_bytes());
         });
         let want = [
             (Source::Control, "one"),
             (Source::Serial, "k"),
             (Source::Control, "two"),
+            (Source::Control, "three"),
         ];
         assert_eq!(r.lines, want.map(|(s, l)| (s, l.to_owned())));
     }

@@ -97,7 +97,8 @@ impl fmt::Display for Exit {
 pub struct Report {
     /// The end.
     pub exit: Exit,
-    /// KVM's statistics of all vCPUs, added up; empty where the kernel has none.
+    /// KVM's statistics of the VM and of all vCPUs, the latter added up; empty where
+    /// the kernel has none.
     pub stats: BTreeMap<String, u64>,
 }
 
@@ -240,7 +241,7 @@ impl Machine {
         bus.lock().unwrap_or_else(PoisonError::into_inner).flush();
         drop(bus);
 
-        let mut totals = BTreeMap::new();
+        let mut totals = stats::read(&self.vm).unwrap_or_default();
         for v in &self.vcpus {
             for (k, n) in stats::read(v).unwrap_or_default() {
                 *totals.entry(k).or_insert(0) += n;

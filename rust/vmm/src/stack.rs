@@ -23,7 +23,7 @@ use crate::files::{Files, DIR};
 use crate::machine::{self, Exit, Machine};
 use crate::memory::{Memory, PAGE};
 use crate::payload::PAYLOAD_MIB;
-use crate::{boot, module, payload, Error, Result};
+use crate::{boot, module, mptable, payload, Error, Result};
 
 /// The most levels. Each one costs sixteen times the one before, so nobody gets
 /// near it; it keeps a slip of the finger from filling memory.
@@ -67,9 +67,9 @@ pub struct Spec {
     pub touch_pages: u32,
     /// Memory of the innermost Linux in MiB, if not the default.
     pub memory_mib: Option<u64>,
-    /// Guest kernels say everything on their consoles, and levels report
-    /// their exits.
-    pub verbose: bool,
+    /// 1: each level reports the exits of its guest; 2: guest kernels say everything
+    /// on their consoles too, which costs many more.
+    pub verbose: u8,
     /// More words for the guest kernels' command lines.
     pub append: String,
 }
@@ -84,7 +84,7 @@ impl Spec {
             cpus: 1,
             touch_pages: TOUCH_PAGES,
             memory_mib: None,
-            verbose: false,
+            verbose: 0,
             append: String::new(),
         }
     }
@@ -97,6 +97,12 @@ impl Spec {
     /// Whether the innermost level is a shell at a terminal.
     pub fn interactive(&self) -> bool {
         matches!(&self.inner, Inner::Linux { command } if command.is_empty())
+    }
+
+    /// Whether the guest that this is for has a device that interrupts: a terminal on
+    /// COM1, or whatever somebody may do with a Linux of their own.
+    fn wants_interrupts(&self) -> bool {
+        self.interactive() || self.level == self.depth
     }
 
     fn check(&self) -> Result<()> {
@@ -175,13 +181,8 @@ pub fn run(spec: &Spec, files: &Files, local: Local, handler: &mut dyn Handler) 
         };
         let initramfs = initramfs(&next, files)?;
         let mem = Memory::new(memory_mib(&next, files), 0)?;
-        let entry = boot::load_linux(
-            &mem,
-            files.kernel()?,
-            &initramfs,
-            &cmdline(&next),
-            spec.cpus,
-        )?;
+        let mptable = mptable::build(spec.cpus, next.wants_interrupts());
+        let entry = boot::load_linux(&mem, files.kernel()?, &initramfs, &cmdline(&next), &mptable)?;
         (mem, entry)
     } else {
         let Inner::Payload { args } = &spec.inner else {
@@ -250,18 +251,21 @@ impl Host for Level<'_> {
 /// The kernel command line of the guest that `next` is for.
 pub fn cmdline(next: &Spec) -> String {
     let mut words = vec![
-        // Whether there is a console decides how many exits a boot takes.
+        // Each character on the console is an exit or three. `quiet` comes first, as a
+        // console prints what was allowed by the time it appeared.
         match (next.interactive(), next.verbose) {
-            (true, _) => "console=ttyS0 quiet",
-            (false, true) => "earlyprintk=serial,0x3f8,115200,keep",
-            (false, false) => "earlyprintk=serial,0x3f8,115200,keep quiet loglevel=4",
+            (true, _) => "quiet console=ttyS0",
+            (false, 2..) => "earlyprintk=serial,0x3f8,115200,keep",
+            (false, _) => "quiet earlyprintk=serial,0x3f8,115200,keep",
         }
         .to_owned(),
         // A panic ends the machine at once, by the port that needs no waiting.
         "panic=-1 reboot=p".into(),
         // The VMM says how fast the TSC is, and it does not drift here.
         "tsc=reliable no_timer_check clocksource=tsc nowatchdog".into(),
-        "nokaslr audit=0 cryptomgr.notests 8250.nr_uarts=1".into(),
+        "nokaslr audit=0 cryptomgr.notests".into(),
+        // The early console drives COM1 by itself; probing it costs a hundred exits.
+        format!("8250.nr_uarts={}", u8::from(next.wants_interrupts())),
         "i8042.noaux i8042.nokbd random.trust_cpu=on rcupdate.rcu_expedited=1".into(),
         format!("mtk.level={} mtk.depth={}", next.level, next.depth),
     ];
@@ -277,7 +281,12 @@ fn initramfs(next: &Spec, files: &Files) -> Result<Vec<u8>> {
     for d in ["proc", "sys", "dev", "tmp", "bin"] {
         a.dir(d);
     }
-    a.device("dev/console", 5, 1);
+    // Without a terminal there is no console to open, which the kernel complains about
+    // on the early console, an exit for each letter.
+    match next.wants_interrupts() {
+        true => a.device("dev/console", 5, 1),
+        false => a.file("dev/console", 0o600, b""),
+    }
     a.device("dev/null", 1, 3);
     a.copy("init", files.tool())?;
     a.link("bin/matryoshka", "/init");
@@ -299,7 +308,7 @@ fn memory_mib(next: &Spec, files: &Files) -> u64 {
     if next.level == next.depth {
         return match next.inner {
             Inner::Payload { .. } => {
-                PAYLOAD_MIB + (u64::from(next.touch_pages) * PAGE as u64 >> 20)
+                PAYLOAD_MIB + ((u64::from(next.touch_pages) * PAGE as u64) >> 20)
             }
             Inner::Linux { .. } => next.memory_mib.unwrap_or(LINUX_MIB),
         };

@@ -24,7 +24,7 @@ const FEATURE_CONTROL_VMX: u64 = 0b101;
 /// Fast strings; Linux gives up `rep movs` where the bit is clear.
 const MISC_ENABLE_FAST_STRING: u64 = 1;
 /// MTRRs on, default type write-back.
-const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
+const MTRR_WRITE_BACK: u64 = (1 << 11) | 6;
 
 /// Makes vCPU `id` of `cpus`. The boot processor (id 0) gets `entry`; the others
 /// wait for INIT and SIPI.
@@ -44,6 +44,7 @@ pub(crate) fn create(
         apic_id: id.into(),
         cpus: cpus.into(),
         tsc_khz: vcpu.get_tsc_khz().map_err(Error::kvm("KVM_GET_TSC_KHZ"))?,
+        umip: cpuid::host_has_umip(),
         tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
     };
     cpuid::mend(cpuid.as_mut_slice(), &topology);
@@ -66,7 +67,7 @@ fn vmx(cpuid: &CpuId) -> bool {
     cpuid
         .as_slice()
         .iter()
-        .any(|e| e.function == 1 && e.ecx & 1 << 5 != 0)
+        .any(|e| e.function == 1 && e.ecx & (1 << 5) != 0)
 }
 
 /// Sets what firmware would have set.
