@@ -23,7 +23,8 @@ pub struct PayloadInfo {
     pub touch_pages: u32,
     /// Bytes used in `args`.
     pub args_len: u32,
-    /// What to measure and to test, as words `key=value` separated by blanks; see
+    /// What to measure and to test, as words `key=value` separated by blanks or, where a kernel's
+    /// command line is in between, by semicolons; see
     /// [`op::parse_list`](crate::op::parse_list) for `ops=`.
     pub args: [u8; PayloadInfo::ARGS],
 }
@@ -66,7 +67,7 @@ impl PayloadInfo {
 
     /// The value of the argument `key`, if it was given.
     pub fn arg(&self, key: &str) -> Option<&str> {
-        self.args().split_ascii_whitespace().find_map(|word| {
+        self.args().split([' ', ';']).find_map(|word| {
             let (name, value) = word.split_once('=')?;
             (name == key).then_some(value)
         })
@@ -94,6 +95,8 @@ mod tests {
         assert_eq!(info.arg("ops"), Some("cpuid:60"));
         assert_eq!(info.arg("tests"), Some("all"));
         assert_eq!(info.arg("op"), None);
+        let info = PayloadInfo::new(2, 0, 0, "ops=cpuid:60;tests=all").unwrap();
+        assert_eq!(info.arg("tests"), Some("all"));
         assert_eq!(info.touch_base, ports::TOUCH_BASE);
         assert_eq!(&info.as_bytes()[..8], b"MTKINFO1");
     }

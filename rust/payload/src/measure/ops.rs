@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The operations that are sampled one by one.
+
+use core::arch::asm;
+use core::hint::black_box;
+
+use protocol::{backdoor, ports, Op};
+
+use super::Meter;
+use crate::cpu;
+use crate::vmx::child::{self, How, Registers};
+use crate::vmx::ops::{raw, vmclear, vmptrld, vmread, VmxError};
+use crate::vmx::setup::{Child, Features};
+use crate::vmx::{exit, field};
+
+/// Length of VMCALL.
+const VMCALL_LENGTH: u64 = 3;
+
+/// What happens to each operation: sampled many times, or profiled once.
+trait Sink {
+    fn take(&mut self, operation: impl FnMut());
+}
+
+struct Samples<'a>(&'a mut Meter, u32);
+
+impl Sink for Samples<'_> {
+    #[inline(always)]
+    fn take(&mut self, operation: impl FnMut()) {
+        self.0.collect(self.1, operation);
+    }
+}
+
+struct Profiler;
+
+impl Sink for Profiler {
+    fn take(&mut self, mut operation: impl FnMut()) {
+        for _ in 0..super::WARM_UP {
+            operation();
+        }
+        // SAFETY: `Meter::profile` has seen that the backdoor answers.
+        unsafe { cpu::xgetbv_known(backdoor::PROFILE_START) };
+        operation();
+        // SAFETY: as above.
+        unsafe { cpu::xgetbv_known(backdoor::PROFILE_STOP) };
+    }
+}
+
+/// The child of the hypercall operations.
+extern "C" fn calling_child() -> ! {
+    loop {
+        // SAFETY: VMCALL exits; the payload resumes behind it, with every register as it was.
+        unsafe { asm!("vmcall", options(nomem, nostack)) };
+    }
+}
+
+/// Makes `child` current and launches it to its first VMCALL.
+fn start(child: &Child, features: Features, registers: &mut Registers) -> Result<(), VmxError> {
+    child.prepare(features, calling_child)?;
+    // SAFETY: the child executes VMCALL and a jump, and HOST_RIP is as `prepare` sets it.
+    unsafe { child::enter(How::Launch, registers) }?;
+    expect_vmcall()
+}
+
+/// Says whether the last exit was the VMCALL that it should have been.
+fn expect_vmcall() -> Result<(), VmxError> {
+    let reason = vmread(field::VM_EXIT_REASON)?;
+    assert!(
+        reason == exit::VMCALL,
+        "the child left for reason {reason:#x}, not for a VMCALL"
+    );
+    Ok(())
+}
+
+impl Meter {
+    pub(super) fn one_by_one(&mut self, op: Op, count: u32) -> Result<(), VmxError> {
+        let context = self.context(op)?;
+        perform(op, &context, &mut Samples(self, count))
+    }
+
+    pub(super) fn one_profiled(&mut self, op: Op) -> Result<(), VmxError> {
+        let context = self.context(op)?;
+        perform(op, &context, &mut Profiler)
+    }
+
+    fn context(&mut self, op: Op) -> Result<Context, VmxError> {
+        let features = match op {
+            Op::HypercallEpt => self.modern(),
+            _ => Features::default(),
+        };
+        Ok(Context {
+            children: self.children,
+            features,
+        })
+    }
+}
+
+/// What an operation works on.
+struct Context {
+    children: [Child; 2],
+    features: Features,
+}
+
+fn perform(op: Op, context: &Context, sink: &mut impl Sink) -> Result<(), VmxError> {
+    let mut registers = Registers::default();
+    let [first, second] = context.children;
+    match op {
+        Op::Hypercall | Op::HypercallLean | Op::HypercallEpt => {
+            start(&first, context.features, &mut registers)?;
+            if op == Op::Hypercall {
+                sink.take(|| hypercall(&mut registers, true));
+            } else {
+                sink.take(|| hypercall(&mut registers, false));
+            }
+            expect_vmcall()?;
+        }
+        Op::KvmHypercall => sink.take(|| {
+            let number = u64::MAX; // none of KVM's
+                                   // SAFETY: the parent's KVM answers -KVM_ENOSYS in RAX and changes nothing else.
+            unsafe {
+                asm!(
+                    "push rbx", "xor ebx, ebx", "vmcall", "pop rbx",
+                    inout("rax") number => _,
+                    in("rcx") 0, in("rdx") 0, in("rsi") 0,
+                );
+            }
+        }),
+        Op::Cpuid => sink.take(|| {
+            black_box(cpu::cpuid(0, 0));
+        }),
+        Op::Pio => sink.take(|| cpu::out32(ports::NOP, 0)),
+        Op::VmreadShadowed => {
+            start(&first, context.features, &mut registers)?;
+            // SAFETY: in root operation with a current VMCS.
+            sink.take(|| {
+                black_box(unsafe { raw::vmread(field::GUEST_RIP) });
+            });
+        }
+        Op::VmreadUnshadowed => {
+            start(&first, context.features, &mut registers)?;
+            // SAFETY: as above.
+            sink.take(|| {
+                black_box(unsafe { raw::vmread(field::GUEST_ES_SELECTOR) });
+            });
+        }
+        Op::VmwriteUnshadowed => {
+            start(&first, context.features, &mut registers)?;
+            let value = vmread(field::GUEST_ES_SELECTOR)?;
+            // SAFETY: as above.
+            sink.take(|| unsafe { raw::vmwrite(field::GUEST_ES_SELECTOR, value) });
+        }
+        Op::VmptrldSame => {
+            start(&first, context.features, &mut registers)?;
+            // SAFETY: as above.
+            sink.take(|| unsafe { raw::vmptrld(&first.vmcs) });
+        }
+        Op::VmptrldSwitch => {
+            start(&second, context.features, &mut registers)?;
+            start(&first, context.features, &mut registers)?;
+            let (mut current, mut other) = (first.vmcs, second.vmcs);
+            // SAFETY: as above.
+            sink.take(|| {
+                core::mem::swap(&mut current, &mut other);
+                unsafe { raw::vmptrld(&current) }
+            });
+            vmclear(second.vmcs)?;
+            vmptrld(first.vmcs)?;
+        }
+        Op::VmclearVmptrld => {
+            start(&first, context.features, &mut registers)?;
+            // SAFETY: as above.
+            sink.take(|| unsafe {
+                raw::vmclear(&first.vmcs);
+                raw::vmptrld(&first.vmcs);
+            });
+        }
+        Op::TouchWarm | Op::TouchReflected | Op::TouchUnmapped | Op::TouchCold => {
+            unreachable!("touch operations are not sampled one by one")
+        }
+    }
+    Ok(())
+}
+
+/// One hypercall of the child, from its VMCALL's exit to the next one's.
+#[inline(always)]
+fn hypercall(registers: &mut Registers, write_host: bool) {
+    // SAFETY: in root operation; the child is launched and stands at a VMCALL, behind which it is
+    // resumed to run into the next one.
+    unsafe {
+        let rip = raw::vmread(field::GUEST_RIP);
+        raw::vmwrite(field::GUEST_RIP, rip + VMCALL_LENGTH);
+        child::resume(registers, write_host);
+    }
+}

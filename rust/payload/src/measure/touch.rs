@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: GPL-2.0
+//! First touches of pages, counted over whole passes: levels below fill several entries at one fault,
+//! so single touches fall into two kinds, and what they cost on average per page is what a guest feels.
+
+use core::arch::asm;
+use core::sync::atomic::{AtomicPtr, AtomicU64, Ordering::Relaxed};
+
+use protocol::ports::{touch, TOUCH_BASE};
+use protocol::{Op, OpSpec, Pattern, Sample, Summary};
+
+use super::Meter;
+use crate::control;
+use crate::memory::PAGE;
+use crate::vmx::child::{self, How, Registers};
+use crate::vmx::ept::Ept;
+use crate::vmx::ops::{vmread, vmwrite, VmxError};
+use crate::vmx::setup::Features;
+use crate::vmx::{exit, field};
+
+/// Distance of the strided pattern, in pages.
+const STRIDE: usize = 16;
+
+/// What a child is to touch, and what it cost. A child shares the payload's memory, so this is how
+/// the two talk.
+struct Work {
+    meter: AtomicPtr<Meter>,
+    pages: AtomicU64,
+    ticks: AtomicU64,
+    exits: AtomicU64,
+}
+
+static WORK: Work = Work {
+    meter: AtomicPtr::new(core::ptr::null_mut()),
+    pages: AtomicU64::new(0),
+    ticks: AtomicU64::new(0),
+    exits: AtomicU64::new(0),
+};
+
+/// Touches the pages named by `order`. A write, since a read of untouched memory may be served by a
+/// shared page of zeros.
+#[inline(always)]
+fn touch_all(order: &[u32]) {
+    for &page in order {
+        // SAFETY: a page of the touch region, which holds no Rust object.
+        unsafe { ((TOUCH_BASE + page as u64 * PAGE) as *mut u64).write_volatile(page as u64) };
+    }
+}
+
+/// The child of the touch operations: one pass for each time it is resumed.
+extern "C" fn touching_child() -> ! {
+    // The first round only makes this code, its stack and its data known to the levels below.
+    call();
+    loop {
+        let meter = WORK.meter.load(Relaxed);
+        // SAFETY: the payload stored a pointer to its meter and waits until we exit again.
+        let meter = unsafe { &*meter };
+        let order = &meter.order[..WORK.pages.load(Relaxed) as usize];
+        // The order itself must not be what faults.
+        let sum = order.iter().fold(0u64, |sum, &page| sum + page as u64);
+        core::hint::black_box(sum);
+        WORK.ticks.store(0, Relaxed);
+        let sample = meter.sample(&mut || touch_all(order));
+        WORK.ticks.store(sample.ticks, Relaxed);
+        WORK.exits.store(sample.exits, Relaxed);
+        call();
+    }
+}
+
+fn call() {
+    // SAFETY: VMCALL exits; the payload resumes behind it, with every register as it was.
+    unsafe { asm!("vmcall", options(nostack)) };
+}
+
+impl Meter {
+    /// Measures a touch operation: ticks per page of the best, the middle and the worst pass, and
+    /// thousandths of an exit per page of the best.
+    pub(super) fn touch(&mut self, spec: OpSpec) -> Result<(Summary, u64), VmxError> {
+        let pages = (spec.count as u64).min(self.touch_pages);
+        assert!(pages > 0, "this VMM gives no touch region");
+        fill_order(
+            &mut self.order[..pages as usize],
+            spec.pattern.unwrap_or(Pattern::Sequential),
+        );
+        let passes = (spec.passes as usize).min(self.samples.len());
+        for pass in 0..passes {
+            let sample = match spec.op {
+                Op::TouchWarm | Op::TouchReflected => self.child_pass(spec.op, pages)?,
+                _ => self.own_pass(spec.op, pages),
+            };
+            self.samples[pass] = sample;
+        }
+        // Touched once more nothing is missing: that is what the loop itself costs.
+        let loop_cost = self.again(pages);
+        let samples = &mut self.samples[..passes];
+        samples.sort_unstable_by_key(|sample| sample.ticks);
+        let per_page = |sample: &Sample| sample.ticks.saturating_sub(loop_cost).div_ceil(pages);
+        let best = samples[0];
+        let summary = Summary {
+            min: per_page(&best),
+            median: per_page(&samples[passes / 2]),
+            max: per_page(&samples[passes - 1]),
+            n: (pages * passes as u64) as u32,
+            disturbed: 0,
+            worst: per_page(&samples[passes - 1]),
+            exits: best.exits / pages,
+        };
+        Ok((summary, best.exits * 1000 / pages))
+    }
+
+    /// The payload touches its own region, which the VMM has dropped or populated.
+    fn own_pass(&mut self, op: Op, pages: u64) -> Sample {
+        let what = if op == Op::TouchCold {
+            touch::DISCARD
+        } else {
+            touch::POPULATE
+        };
+        control::touch(what, pages as u32);
+        let order = &self.order[..pages as usize];
+        self.sample(&mut || touch_all(order))
+    }
+
+    /// What a pass costs when nothing is missing.
+    fn again(&mut self, pages: u64) -> u64 {
+        let order = &self.order[..pages as usize];
+        touch_all(order);
+        self.sample(&mut || touch_all(order)).ticks
+    }
+
+    /// The child touches the region through tables that nobody has shadowed yet.
+    fn child_pass(&mut self, op: Op, pages: u64) -> Result<Sample, VmxError> {
+        // L0 must have the pages: what is missing is only the child's mapping of them.
+        for page in 0..pages {
+            // SAFETY: as in `touch_all`.
+            unsafe { ((TOUCH_BASE + page * PAGE) as *mut u64).write_volatile(0) };
+        }
+        let ept = Ept::new(self.low, self.touch_pages);
+        if op == Op::TouchWarm {
+            (0..pages).for_each(|page| ept.map(page));
+        }
+        WORK.meter.store(self, Relaxed);
+        WORK.pages.store(pages, Relaxed);
+        let features = Features {
+            ept: Some(ept.pointer()),
+            vpid: Some(1),
+            unrestricted: true,
+        };
+        let child = self.children[0];
+        child.prepare(features, touching_child)?;
+        let mut registers = Registers::default();
+        // SAFETY: the child runs `touching_child` on its own stack and writes WORK and the touch region only.
+        unsafe { child::enter(How::Launch, &mut registers) }?;
+        loop {
+            match vmread(field::VM_EXIT_REASON)? {
+                exit::VMCALL if WORK.ticks.load(Relaxed) != 0 => break,
+                exit::VMCALL => {
+                    let length = vmread(field::VM_EXIT_INSTRUCTION_LEN)?;
+                    vmwrite(field::GUEST_RIP, vmread(field::GUEST_RIP)? + length)?;
+                }
+                exit::EPT_VIOLATION => {
+                    let address = vmread(field::GUEST_PHYSICAL_ADDRESS)?;
+                    ept.map((address - TOUCH_BASE) / PAGE);
+                }
+                other => panic!("the child left for reason {other:#x}"),
+            }
+            // SAFETY: as for the launch.
+            unsafe { child::enter(How::Resume, &mut registers) }?;
+        }
+        let sample = Sample {
+            ticks: WORK.ticks.swap(0, Relaxed),
+            exits: WORK.exits.load(Relaxed),
+        };
+        Ok(sample)
+    }
+}
+
+/// Writes each page number once, in the pattern's order.
+fn fill_order(order: &mut [u32], pattern: Pattern) {
+    let pages = order.len();
+    match pattern {
+        Pattern::Sequential => (0..pages).for_each(|at| order[at] = at as u32),
+        Pattern::Strided => {
+            let numbers = (0..STRIDE).flat_map(|first| (first..pages).step_by(STRIDE));
+            order
+                .iter_mut()
+                .zip(numbers)
+                .for_each(|(slot, page)| *slot = page as u32);
+        }
+        Pattern::Random => {
+            (0..pages).for_each(|at| order[at] = at as u32);
+            // Fisher-Yates with xorshift64: the same order on every machine and in every run.
+            let mut state = 0x4d54_5200_2545_f491u64;
+            for at in (1..pages).rev() {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                order.swap(at, (state % (at as u64 + 1)) as usize);
+            }
+        }
+    }
+}

@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: GPL-2.0
+//! From the VMM's 64-bit entry to Rust: a stack, and SSE, which the compiler uses for copies.
+
+use core::arch::global_asm;
+
+/// Bytes of the stack that everything but the child and the trap handler runs on.
+const STACK: usize = 64 * 1024;
+
+global_asm!(
+    ".section .text.start, \"ax\"",
+    ".global _start",
+    "_start:",
+    "    cli",
+    "    cld",
+    "    lea rsp, [rip + boot_stack + {stack}]",
+    "    mov rax, cr0",
+    "    and eax, ~(1 << 2 | 1 << 3)", // EM, TS
+    "    or eax, 1 << 1 | 1 << 5 | 1 << 16", // MP, NE, WP
+    "    mov cr0, rax",
+    "    mov rax, cr4",
+    "    or eax, 1 << 9 | 1 << 10", // OSFXSR, OSXMMEXCPT
+    "    mov cr4, rax",
+    "    xor ebp, ebp",
+    "    call {main}",
+    "    ud2",
+    ".section .bss.boot_stack, \"aw\", @nobits",
+    ".align 16",
+    "boot_stack:",
+    "    .skip {stack}",
+    ".text",
+    stack = const STACK,
+    main = sym crate::payload_main,
+);
