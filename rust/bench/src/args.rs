@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The command line.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::Args;
+use protocol::{Config, Op, Pattern};
+use vmm::files::{Files, DIR};
+use vmm::stack::{Local, MAX_DEPTH};
+
+const HELP: &str = "Examples:
+  matryoshka bench                                    depths 1 to 3, stock against the module
+  matryoshka bench --depth 2 --ops hypercall,cpuid    two operations executed by L2
+  matryoshka bench --record counts.json               keep the counts ...
+  matryoshka bench --compare counts.json              ... and fail if they are others later
+  matryoshka bench --test --depth 1 --log out         the payload's correctness tests instead
+
+Depth is the level that executes an operation. Counts are retired instructions of all levels
+together on the laboratory's emulator, and cycles on a real machine. Configurations: stock (module
+not loaded), idle (loaded, every path off), l0 (every path on in L0), all (on at every level),
+check (every path in L0 compares itself with the stock code).";
+
+/// Measure operations of nested guests, with and without the module
+#[derive(Args, Clone, Debug)]
+#[command(after_help = HELP)]
+pub struct BenchArgs {
+    /// Levels that execute the operations
+    #[arg(long, visible_alias = "depths", value_delimiter = ',', default_value = "1,2,3",
+        value_parser = clap::value_parser!(u32).range(1..=MAX_DEPTH as i64), value_name = "DEPTH,...")]
+    pub depth: Vec<u32>,
+
+    /// Configurations of the module, in the order to measure them
+    #[arg(long, visible_alias = "configs", value_delimiter = ',', default_value = "stock,idle,l0",
+        value_parser = parse_config, value_name = "CONFIG,...")]
+    pub config: Vec<Config>,
+
+    /// Operations, or `every`: hypercall, hypercall_lean, hypercall_ept, kvm_hypercall, cpuid, pio,
+    /// vmread_shadowed, vmread_unshadowed, vmwrite_unshadowed, vmptrld_same, vmptrld_switch,
+    /// vmclear_vmptrld, touch_warm, touch_reflected, touch_unmapped, touch_cold
+    #[arg(long, value_delimiter = ',', value_parser = parse_ops, value_name = "OP,...",
+        default_value = "hypercall,cpuid,vmread_unshadowed,vmptrld_switch,touch_cold")]
+    pub ops: Vec<Ops>,
+
+    /// Orders in which touch operations visit their pages: sequential, random, strided
+    #[arg(long, value_delimiter = ',', default_value = "sequential", value_parser = parse_pattern,
+        value_name = "PATTERN,...")]
+    pub pattern: Vec<Pattern>,
+
+    /// Multiply the number of samples
+    #[arg(long, default_value_t = 1.0, value_parser = parse_scale, value_name = "FACTOR")]
+    pub scale: f64,
+
+    /// Write the results here as JSON
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+
+    /// Write the counts here, to compare with later
+    #[arg(long, value_name = "FILE")]
+    pub record: Option<PathBuf>,
+
+    /// Compare with counts recorded before; exit 1 if a row differs by more than the tolerance
+    #[arg(long, value_name = "FILE")]
+    pub compare: Option<PathBuf>,
+
+    /// Per cent by which a count may differ from the recorded one
+    #[arg(long, default_value_t = 1.0, value_parser = parse_scale, value_name = "PERCENT")]
+    pub tolerance: f64,
+
+    /// Run the payload's correctness tests in each configuration instead, at one depth, and compare
+    /// their logs with the first configuration's
+    #[arg(long, conflicts_with_all = ["record", "compare", "json", "profile"])]
+    pub test: bool,
+
+    /// Groups of tests for --test
+    #[arg(long, default_value = "all", value_name = "GROUP,...")]
+    pub tests: String,
+
+    /// Directory for the logs of --test, one file for each configuration
+    #[arg(long, requires = "test", value_name = "DIR")]
+    pub log: Option<PathBuf>,
+
+    /// Do this operation once between the emulator's profile marks, at one depth and in one
+    /// configuration (see scripts/profile)
+    #[arg(long, value_name = "OP", value_parser = parse_op)]
+    pub profile: Option<Op>,
+
+    /// Bare-metal payload [default: /lib/matryoshka/payload]
+    #[arg(long, value_name = "FILE")]
+    pub payload: Option<PathBuf>,
+
+    /// Directory with the guests' kernel and its modules [default: /lib/matryoshka/guest]
+    #[arg(long, value_name = "DIR")]
+    pub guest: Option<PathBuf>,
+
+    /// Give a stack up after this many seconds (of this host's clock)
+    #[arg(long, value_name = "SECONDS")]
+    pub timeout: Option<u64>,
+
+    /// Also print what the levels' kernels print
+    #[arg(long, short)]
+    pub verbose: bool,
+}
+
+/// One word of --ops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ops {
+    /// All there are.
+    Every,
+    /// This one.
+    One(Op),
+}
+
+impl BenchArgs {
+    /// The operations, each once, in the order of a report.
+    pub fn operations(&self) -> Vec<Op> {
+        let every = self.ops.contains(&Ops::Every);
+        Op::EVERY
+            .into_iter()
+            .filter(|op| every || self.ops.contains(&Ops::One(*op)))
+            .collect()
+    }
+
+    /// The depths, each once, upwards.
+    pub fn depths(&self) -> Vec<u32> {
+        let mut depths = self.depth.clone();
+        depths.sort_unstable();
+        depths.dedup();
+        depths
+    }
+
+    /// What a stack is made of.
+    pub fn files(&self) -> Files {
+        let mut files = Files::new(Path::new(DIR), Path::new("/proc/self/exe"));
+        if let Some(guest) = &self.guest {
+            files = files.with_guest(guest);
+        }
+        if let Some(payload) = &self.payload {
+            files = files.with_payload(payload);
+        }
+        files
+    }
+
+    /// L0's options of a stack.
+    pub fn local(&self) -> Local {
+        Local {
+            limit: self.timeout.map(Duration::from_secs),
+            ..Local::default()
+        }
+    }
+}
+
+fn names<'a>(names: impl Iterator<Item = &'a str>) -> String {
+    format!("one of {}", names.collect::<Vec<_>>().join(", "))
+}
+
+fn parse_config(text: &str) -> Result<Config, String> {
+    Config::from_name(text).ok_or_else(|| names(Config::EVERY.iter().map(|config| config.name())))
+}
+
+fn parse_op(text: &str) -> Result<Op, String> {
+    Op::from_name(text).ok_or_else(|| names(Op::EVERY.iter().map(|op| op.name())))
+}
+
+fn parse_ops(text: &str) -> Result<Ops, String> {
+    match text {
+        "every" => Ok(Ops::Every),
+        _ => parse_op(text).map(Ops::One),
+    }
+}
+
+fn parse_pattern(text: &str) -> Result<Pattern, String> {
+    Pattern::from_name(text)
+        .ok_or_else(|| names(Pattern::EVERY.iter().map(|pattern| pattern.name())))
+}
+
+fn parse_scale(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if number.is_finite() && number > 0.0 => Ok(number),
+        _ => Err("a number above 0".into()),
+    }
+}

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Are these the counts of last time?
+
+use crate::report::{Counts, Report, Row};
+
+/// What a comparison found.
+#[derive(Debug, Default, PartialEq)]
+pub struct Comparison {
+    /// Rows within the tolerance.
+    pub same: usize,
+    /// A line for each that is not.
+    pub differences: Vec<String>,
+    /// Names of recorded rows that were not measured now.
+    pub missing: Vec<String>,
+    /// Names of rows measured now that were not recorded.
+    pub new: Vec<String>,
+}
+
+/// A count may always differ by this much: below it a per cent is less than one instruction.
+const SLACK: u64 = 2;
+
+/// How `row` is called in a message.
+pub fn title(row: &Row) -> String {
+    let pattern = row
+        .pattern
+        .as_deref()
+        .map(|pattern| format!(" {pattern}"))
+        .unwrap_or_default();
+    format!("{}{pattern} at depth {}, {}", row.op, row.depth, row.config)
+}
+
+/// Per cent by which `now` is off `then`.
+fn off(now: u64, then: u64) -> f64 {
+    if now.abs_diff(then) <= SLACK {
+        return 0.0;
+    }
+    100.0 * (now as f64 - then as f64) / (then.max(1) as f64)
+}
+
+/// The difference between two measurements of the same, if it is over `tolerance` per cent of the
+/// minimum, or over as much of the exits.
+pub fn difference(now: &Row, then: &Row, tolerance: f64) -> Option<String> {
+    let Counts { min, .. } = now.instructions;
+    let before = then.instructions.min;
+    let instructions = off(min, before);
+    if instructions.abs() > tolerance {
+        return Some(format!(
+            "{}: {min} against {before} ({instructions:+.2} %)",
+            title(now)
+        ));
+    }
+    let (exits, before) = (now.l0_exits?, then.l0_exits?);
+    let apart = (exits - before).abs();
+    (apart > before * tolerance / 100.0 && apart > 0.002)
+        .then(|| format!("{}: {exits} exits into L0 against {before}", title(now)))
+}
+
+/// Compares what was measured with what was recorded.
+pub fn compare(now: &[Row], then: &Report, tolerance: f64) -> Comparison {
+    let mut result = Comparison::default();
+    for row in now {
+        match then.rows.iter().find(|old| old.key() == row.key()) {
+            None => result.new.push(title(row)),
+            Some(old) => match difference(row, old, tolerance) {
+                None => result.same += 1,
+                Some(line) => result.differences.push(line),
+            },
+        }
+    }
+    let measured = |old: &&Row| !now.iter().any(|row| row.key() == old.key());
+    result.missing = then.rows.iter().filter(measured).map(title).collect();
+    result
+}

@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What this host is, as far as a figure means nothing without it.
+
+use std::fs;
+
+/// The running kernel's release.
+pub fn kernel() -> String {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    release.trim().to_owned()
+}
+
+/// The processor's own name.
+pub fn cpu_model() -> String {
+    let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = info.lines().find_map(|line| {
+        let (key, value) = line.split_once(':')?;
+        (key.trim() == "model name").then(|| value.trim().to_owned())
+    });
+    model.unwrap_or_else(|| "unknown".into())
+}
+
+/// The emulator, if there is one: its start-up code says so in the kernel's command line.
+pub fn emulator(counts_instructions: bool) -> String {
+    let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    let name = line
+        .split_ascii_whitespace()
+        .find_map(|word| word.strip_prefix("mtk.emulator="));
+    match name {
+        Some(name) => name.to_owned(),
+        None if counts_instructions => "bochs".into(),
+        None => "none".into(),
+    }
+}

@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Which stacks to start and how many samples to take, so that a run ends while somebody is waiting.
+
+use protocol::{Op, OpSpec, Pattern};
+
+/// What one level more multiplies a cost by, roughly (measured: 16 to 20).
+const PER_LEVEL: f64 = 18.0;
+/// Instructions that the samples of one operation may take in one round.
+const BUDGET: f64 = 40e6;
+/// Fewest and most samples.
+const SAMPLES: (f64, f64) = (9.0, 60.0);
+/// Most pages of a pass: what issue-sized claims are made about.
+const PAGES: f64 = 2048.0;
+/// Fewest pages: several leaf tables' worth of a fault-around window.
+const MIN_PAGES: f64 = 64.0;
+/// Passes of a touch operation.
+const PASSES: u32 = 3;
+
+/// What an operation cost stock at the payload's level 1, in retired instructions: only for choosing
+/// sample counts and for the progress display.
+fn cost(op: Op, level: u32) -> f64 {
+    let base = match op {
+        Op::Hypercall => 26_000.0,
+        Op::HypercallLean => 23_000.0,
+        Op::HypercallEpt => 16_000.0,
+        Op::KvmHypercall => 1_400.0,
+        Op::Cpuid => 1_200.0,
+        Op::Pio => 8_300.0,
+        // Without an exit at level 1, one into L0 at level 2.
+        Op::VmreadShadowed => 110.0,
+        Op::VmreadUnshadowed | Op::VmwriteUnshadowed => 1_500.0,
+        Op::VmptrldSame => 3_000.0,
+        Op::VmptrldSwitch => 6_500.0,
+        Op::VmclearVmptrld => 9_800.0,
+        Op::TouchWarm => 2_000.0,
+        Op::TouchReflected => 23_000.0,
+        Op::TouchUnmapped => 3_700.0,
+        Op::TouchCold => 8_600.0,
+    };
+    base * PER_LEVEL.powi(level as i32 - 1)
+}
+
+/// What one stack is to measure.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Stack {
+    /// Level of the payload.
+    pub level: u32,
+    /// Operations and sample counts.
+    pub specs: Vec<OpSpec>,
+    /// Instructions that one round takes, roughly.
+    pub cost: f64,
+}
+
+impl Stack {
+    /// The payload's argument.
+    pub fn args(&self) -> String {
+        let items: Vec<_> = self.specs.iter().map(OpSpec::to_string).collect();
+        format!("ops={}", items.join(","))
+    }
+}
+
+/// The stacks for `ops` executed at `depths`. An operation of the payload's child executes one level
+/// deeper than the payload. There is no child at depth 1, so there `hypercall` is the payload's own
+/// hypercall to KVM.
+pub fn stacks(ops: &[Op], depths: &[u32], patterns: &[Pattern], scale: f64) -> Vec<Stack> {
+    let mut stacks: Vec<Stack> = Vec::new();
+    for &depth in depths {
+        for &op in ops {
+            let op = if depth == 1 && op == Op::Hypercall {
+                Op::KvmHypercall
+            } else {
+                op
+            };
+            let Some(level) = depth.checked_sub(op.depth(0)).filter(|&level| level > 0) else {
+                continue;
+            };
+            let at = stacks
+                .iter()
+                .position(|stack| stack.level == level)
+                .unwrap_or_else(|| {
+                    stacks.push(Stack {
+                        level,
+                        specs: Vec::new(),
+                        cost: 0.0,
+                    });
+                    stacks.len() - 1
+                });
+            for spec in specs(op, level, patterns, scale) {
+                if !stacks[at].specs.contains(&spec) {
+                    stacks[at].cost += cost(op, level) * spec.count as f64 * spec.passes as f64;
+                    stacks[at].specs.push(spec);
+                }
+            }
+        }
+    }
+    stacks.sort_by_key(|stack| stack.level);
+    for stack in &mut stacks {
+        stack.specs.sort_by_key(|spec| (spec.op, spec.pattern));
+    }
+    stacks
+}
+
+fn specs(op: Op, level: u32, patterns: &[Pattern], scale: f64) -> Vec<OpSpec> {
+    let affordable = BUDGET / cost(op, level);
+    if !op.is_touch() {
+        let count = (affordable.clamp(SAMPLES.0, SAMPLES.1) * scale).clamp(1.0, 4096.0);
+        return vec![OpSpec {
+            op,
+            pattern: None,
+            count: count as u32,
+            passes: 1,
+        }];
+    }
+    // Whole leaf tables where they can be afforded, and always whole groups of eight.
+    let pages = (affordable * 3.0).clamp(MIN_PAGES, PAGES) * scale;
+    let pages = (pages as u32).max(8).next_multiple_of(8);
+    let spec = |&pattern| OpSpec {
+        op,
+        pattern: Some(pattern),
+        count: pages,
+        passes: PASSES,
+    };
+    patterns.iter().map(spec).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn children_execute_one_level_deeper() {
+        let stacks = stacks(&[Op::Hypercall, Op::Cpuid], &[1, 2, 3], &[], 1.0);
+        let levels: Vec<_> = stacks
+            .iter()
+            .map(|stack| {
+                (
+                    stack.level,
+                    stack.specs.iter().map(|s| s.op).collect::<Vec<_>>(),
+                )
+            })
+            .collect();
+        assert_eq!(
+            levels,
+            [
+                (1, vec![Op::Hypercall, Op::KvmHypercall, Op::Cpuid]),
+                (2, vec![Op::Hypercall, Op::Cpuid]),
+                (3, vec![Op::Cpuid]),
+            ]
+        );
+    }
+
+    #[test]
+    fn deeper_takes_fewer_samples() {
+        let stacks = stacks(&[Op::Cpuid], &[1, 2, 3, 4], &[], 1.0);
+        let counts: Vec<_> = stacks.iter().map(|stack| stack.specs[0].count).collect();
+        assert!(counts.is_sorted_by(|a, b| a >= b), "{counts:?}");
+        assert!(counts[3] >= 9);
+    }
+
+    #[test]
+    fn touches_come_in_every_pattern() {
+        let stacks = stacks(&[Op::TouchCold], &[2], &Pattern::EVERY, 1.0);
+        assert_eq!(stacks[0].specs.len(), 3);
+        assert!(stacks[0].specs.iter().all(|spec| spec.count % 8 == 0));
+    }
+}

@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: GPL-2.0
+//! `matryoshka bench --test`: the payload's correctness tests in each configuration, and whether their
+//! logs agree. A log says what a guest could see; two configurations must not differ in a byte of it.
+
+use std::collections::VecDeque;
+use std::fs;
+
+use protocol::{Command, Config, Line};
+use vmm::stack::{self, Handler, Inner, Spec};
+
+use crate::args::BenchArgs;
+use crate::session::{ended_well, need_module};
+use crate::{Code, Failure};
+
+/// Most differing lines that are shown of one configuration.
+const SHOWN: usize = 20;
+
+/// The log of one configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Log {
+    /// How the module was set.
+    pub config: Config,
+    /// The payload's lines.
+    pub lines: Vec<String>,
+}
+
+struct Probe {
+    level: u32,
+    rounds: VecDeque<Config>,
+    logs: Vec<Log>,
+    errors: Vec<String>,
+    verbose: bool,
+}
+
+impl Handler for Probe {
+    fn next_command(&mut self) -> u32 {
+        let Some(config) = self.rounds.pop_front() else {
+            return Command::End.encode();
+        };
+        eprintln!("testing L{} with {}", self.level, config.name());
+        self.logs.push(Log {
+            config,
+            lines: Vec::new(),
+        });
+        Command::Test {
+            config,
+            round: self.logs.len() as u16 - 1,
+        }
+        .encode()
+    }
+
+    fn console_line(&mut self, level: u32, line: &str) {
+        match Line::parse(line) {
+            Line::Test(text) if level == self.level => match self.logs.last_mut() {
+                Some(log) => log.lines.push(text.to_owned()),
+                None => self
+                    .errors
+                    .push(format!("a test line before any test: {text}")),
+            },
+            Line::Error(what) => self.errors.push(what.to_owned()),
+            _ if self.verbose => println!("L{level}| {line}"),
+            _ => {}
+        }
+    }
+}
+
+/// The first lines in which `log` is not `first`, each as (what the first has, what this has).
+pub fn differences<'a>(
+    first: &'a Log,
+    log: &'a Log,
+) -> impl Iterator<Item = (Option<&'a str>, Option<&'a str>)> {
+    let longest = first.lines.len().max(log.lines.len());
+    (0..longest).filter_map(|at| {
+        let (one, other) = (first.lines.get(at), log.lines.get(at));
+        (one != other).then_some((one.map(String::as_str), other.map(String::as_str)))
+    })
+}
+
+/// Runs the tests.
+pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
+    let [level] = args.depths()[..] else {
+        return Err(Failure(
+            Code::Usage,
+            "--test wants one --depth: the payload's level".into(),
+        ));
+    };
+    need_module(args)?;
+    let mut probe = Probe {
+        level,
+        rounds: args.config.iter().copied().collect(),
+        logs: Vec::new(),
+        errors: Vec::new(),
+        verbose: args.verbose,
+    };
+    let spec = Spec::new(
+        level,
+        Inner::Payload {
+            args: format!("tests={}", args.tests),
+        },
+    );
+    let outcome = stack::run(&spec, &args.files(), args.local(), &mut probe)?;
+    if let Some(directory) = &args.log {
+        for log in &probe.logs {
+            let file = directory.join(format!("{}.log", log.config.name()));
+            let text: String = log
+                .lines
+                .iter()
+                .flat_map(|line| [line.as_str(), "\n"])
+                .collect();
+            fs::create_dir_all(directory)
+                .and_then(|()| fs::write(&file, text))
+                .map_err(|error| Failure(Code::Failed, format!("{}: {error}", file.display())))?;
+        }
+    }
+    for error in &probe.errors {
+        eprintln!("matryoshka: L{level}: {error}");
+    }
+    ended_well(level, &outcome.exit)?;
+    let agree = say(&probe.logs);
+    let all = probe.rounds.is_empty() && probe.errors.is_empty();
+    Ok(if agree && all { Code::Ok } else { Code::Failed })
+}
+
+/// Prints how the logs compare. False if one differs from the first, or says that a test failed.
+fn say(logs: &[Log]) -> bool {
+    let Some(first) = logs.first() else {
+        return false;
+    };
+    let mut good = !first.lines.is_empty();
+    for log in logs {
+        let failed = log
+            .lines
+            .iter()
+            .filter(|line| line.contains("FAIL"))
+            .count();
+        let differ = differences(first, log).count();
+        println!(
+            "{:<6} {} results, {failed} failed, {differ} differ from {}",
+            log.config.name(),
+            log.lines.len(),
+            first.config.name()
+        );
+        for (one, other) in differences(first, log).take(SHOWN) {
+            println!("  {}: {}", first.config.name(), one.unwrap_or("(nothing)"));
+            println!("  {}: {}", log.config.name(), other.unwrap_or("(nothing)"));
+        }
+        for line in log
+            .lines
+            .iter()
+            .filter(|line| line.contains("FAIL"))
+            .take(SHOWN)
+        {
+            println!("  {line}");
+        }
+        good &= failed == 0 && differ == 0;
+    }
+    good
+}

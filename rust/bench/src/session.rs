@@ -1,0 +1,365 @@
+// SPDX-License-Identifier: GPL-2.0
+//! One run: the stacks one after the other, each with all its rounds.
+
+use std::collections::VecDeque;
+use std::path::Path;
+
+use protocol::{Command, Config, Line};
+use vmm::machine::Exit;
+use vmm::stack::{self, Handler, Inner, Spec};
+
+use crate::args::BenchArgs;
+use crate::compare::{self, Comparison};
+use crate::plan::{self, Stack};
+use crate::progress::Progress;
+use crate::report::{Report, Row, SCHEMA};
+use crate::table::table;
+use crate::{host, Code, Failure};
+
+/// How far stock at the end of a stack may be off stock at its start, in per cent, before it is said.
+const DRIFT: f64 = 1.0;
+
+/// A round of a stack.
+#[derive(Clone, Copy, Debug)]
+struct Round {
+    config: Config,
+    number: u16,
+}
+
+/// What L0 does while a stack runs.
+pub struct Session<'a> {
+    level: u32,
+    rounds: VecDeque<Round>,
+    current: Option<Round>,
+    /// Number of the round that measures stock again.
+    again: Option<u16>,
+    weight: f64,
+    progress: &'a mut Progress,
+    verbose: bool,
+    /// Results of the rounds.
+    pub rows: Vec<Row>,
+    /// Results of stock, measured again.
+    pub repeated: Vec<Row>,
+    /// What the payload complained of.
+    pub errors: Vec<String>,
+    /// Exits could be counted, so this is the laboratory's emulator.
+    pub counted: bool,
+}
+
+impl<'a> Session<'a> {
+    /// For one stack; `weight` is what a round of it costs.
+    pub fn new(
+        level: u32,
+        configs: &[Config],
+        weight: f64,
+        progress: &'a mut Progress,
+        verbose: bool,
+    ) -> Self {
+        let mut rounds: VecDeque<Round> = configs
+            .iter()
+            .zip(0..)
+            .map(|(&config, number)| Round { config, number })
+            .collect();
+        let again = (configs.contains(&Config::Stock) && configs.len() > 1).then(|| {
+            let number = rounds.len() as u16;
+            rounds.push_back(Round {
+                config: Config::Stock,
+                number,
+            });
+            number
+        });
+        Session {
+            level,
+            rounds,
+            current: None,
+            again,
+            weight,
+            progress,
+            verbose,
+            rows: Vec::new(),
+            repeated: Vec::new(),
+            errors: Vec::new(),
+            counted: false,
+        }
+    }
+
+    /// Takes in a line of the payload.
+    pub fn take(&mut self, line: &str) {
+        match Line::parse(line) {
+            Line::Row(row) => {
+                self.counted |= row.exits_milli.is_some();
+                let rows = match self.again == Some(row.round) {
+                    true => &mut self.repeated,
+                    false => &mut self.rows,
+                };
+                rows.push(Row::from(&row));
+            }
+            Line::Start(op) => self.progress.operation(op),
+            Line::Error(what) => {
+                let at = self.current.map_or("start", |round| round.config.name());
+                self.errors.push(format!("L{} ({at}): {what}", self.level));
+            }
+            Line::Unknown(line) if line.starts_with("MTK hello") => {}
+            Line::Test(text) | Line::Unknown(text) | Line::Text(text) => {
+                self.progress.print(&format!("L{}| {text}", self.level));
+            }
+        }
+    }
+}
+
+impl Handler for Session<'_> {
+    fn next_command(&mut self) -> u32 {
+        if self.current.is_some() {
+            self.progress.advance(self.weight);
+        }
+        self.current = self.rounds.pop_front();
+        let Some(Round { config, number }) = self.current else {
+            return Command::End.encode();
+        };
+        self.progress.round(self.level, config);
+        Command::Run {
+            config,
+            round: number,
+        }
+        .encode()
+    }
+
+    fn console_line(&mut self, level: u32, line: &str) {
+        if level == self.level {
+            self.take(line);
+        } else if self.verbose {
+            self.progress.print(&format!("L{level}| {line}"));
+        }
+    }
+
+    fn apply(&mut self, config: Config, level: u32, file: &Path) -> vmm::Result<()> {
+        vmm::module::apply(config, level, file)
+    }
+}
+
+/// Says how a stack ended that did not end well.
+pub fn ended_well(level: u32, exit: &Exit) -> Result<(), Failure> {
+    match exit {
+        Exit::Done(0) => Ok(()),
+        // The payload said why itself.
+        Exit::Done(1) => Ok(()),
+        Exit::Done(status) => Err(Failure(
+            Code::Guest,
+            format!("the payload at level {level} ended with {status}"),
+        )),
+        bad => Err(Failure(Code::Guest, format!("stack of {level}: L1 {bad}"))),
+    }
+}
+
+/// What a boot of a stack costs, as weight for the progress display: measured, in instructions.
+fn boot_weight(level: u32) -> f64 {
+    match level {
+        1 => 50e6,
+        _ => 1e9 * 4f64.powi(level as i32 - 2),
+    }
+}
+
+/// The benchmark.
+pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
+    let recorded = args.compare.as_deref().map(Report::read).transpose();
+    let recorded = recorded.map_err(|why| Failure(Code::Usage, why))?;
+    let stacks = plan::stacks(
+        &args.operations(),
+        &args.depths(),
+        &args.pattern,
+        args.scale,
+    );
+    if stacks.is_empty() {
+        return Err(Failure(
+            Code::Usage,
+            "none of these operations exists at these depths".into(),
+        ));
+    }
+    need_module(args)?;
+    let rounds = args.config.len() as f64 + 1.0;
+    let total = stacks
+        .iter()
+        .map(|stack| stack.cost * rounds + boot_weight(stack.level))
+        .sum();
+    let mut progress = Progress::new(total);
+    let mut report = Report {
+        schema: SCHEMA,
+        kernel: host::kernel(),
+        emulator: String::new(),
+        cpu_model: host::cpu_model(),
+        unit: String::new(),
+        rows: Vec::new(),
+        stock_again: Vec::new(),
+    };
+    let (mut errors, mut counted, mut stopped) = (Vec::new(), false, None);
+    for stack in &stacks {
+        progress.boot(stack.level);
+        let mut session = Session::new(
+            stack.level,
+            &args.config,
+            stack.cost,
+            &mut progress,
+            args.verbose,
+        );
+        let end = one_stack(args, stack, &mut session);
+        report.rows.append(&mut session.rows);
+        report.stock_again.append(&mut session.repeated);
+        errors.append(&mut session.errors);
+        counted |= session.counted;
+        if let Err(failure) = end {
+            stopped = Some(failure);
+            break;
+        }
+        progress.advance(boot_weight(stack.level));
+    }
+    drop(progress);
+    report.emulator = host::emulator(counted);
+    report.unit = if counted {
+        "retired instructions"
+    } else {
+        "TSC cycles"
+    }
+    .into();
+    report.rows.sort_by_key(Row::order);
+    report.stock_again.sort_by_key(Row::order);
+    // What was measured before a stack went wrong is still true.
+    print!("{}", table(&report));
+    for error in &errors {
+        eprintln!("matryoshka: {error}");
+    }
+    if let Some(failure) = stopped {
+        return Err(failure);
+    }
+    let drifted = drift(&report);
+    for file in [&args.json, &args.record].into_iter().flatten() {
+        report
+            .write(file)
+            .map_err(|why| Failure(Code::Failed, why))?;
+    }
+    let differs = recorded.is_some_and(|recorded| {
+        say(
+            &compare::compare(&report.rows, &recorded, args.tolerance),
+            args.tolerance,
+        )
+    });
+    Ok(if errors.is_empty() && !differs && !drifted {
+        Code::Ok
+    } else {
+        Code::Failed
+    })
+}
+
+fn one_stack(args: &BenchArgs, stack: &Stack, session: &mut Session<'_>) -> Result<(), Failure> {
+    let spec = Spec::new(stack.level, Inner::Payload { args: stack.args() });
+    let outcome = stack::run(&spec, &args.files(), args.local(), session)?;
+    ended_well(stack.level, &outcome.exit)
+}
+
+/// Says which rows of stock were others at the end. True if any was by more than [`DRIFT`].
+fn drift(report: &Report) -> bool {
+    let mut any = false;
+    for again in &report.stock_again {
+        let Some(first) = report.rows.iter().find(|row| row.key() == again.key()) else {
+            continue;
+        };
+        if let Some(line) = compare::difference(again, first, DRIFT) {
+            eprintln!("matryoshka: stock at the end is not stock at the start: {line}");
+            any = true;
+        }
+    }
+    if !any && !report.stock_again.is_empty() {
+        println!("stock measured again at the end agrees within {DRIFT} %");
+    }
+    any
+}
+
+/// Prints a comparison. True if it found a difference.
+fn say(comparison: &Comparison, tolerance: f64) -> bool {
+    for line in &comparison.differences {
+        println!("differs: {line}");
+    }
+    for title in &comparison.missing {
+        println!("recorded but not measured now: {title}");
+    }
+    for title in &comparison.new {
+        println!("not recorded: {title}");
+    }
+    let (same, other) = (comparison.same, comparison.differences.len());
+    println!("compared with the record: {same} within {tolerance} %, {other} not");
+    other > 0
+}
+
+/// A configuration with the module needs its file, and it is kinder to say so before the first boot.
+pub fn need_module(args: &BenchArgs) -> Result<(), Failure> {
+    let file = args.files().module_here();
+    let needed = args.config.iter().find(|&&config| config != Config::Stock);
+    match needed {
+        Some(config) if !file.is_file() && !vmm::module::Module::default().present() => {
+            Err(Failure(
+                Code::NoModule,
+                format!(
+                    "configuration {} needs the module, and {} is not there: build it with \
+                     `make modules`, or measure `--config stock` alone",
+                    config.name(),
+                    file.display()
+                ),
+            ))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// One operation between the profiler's marks.
+pub fn profile(args: &BenchArgs) -> Result<Code, Failure> {
+    let (Some(op), [depth], [config, ..]) = (args.profile, &args.depths()[..], &args.config[..])
+    else {
+        return Err(Failure(Code::Usage, "--profile wants one --depth".into()));
+    };
+    let stacks = plan::stacks(&[op], &[*depth], &args.pattern, 1.0);
+    let Some(stack) = stacks.first() else {
+        let name = op.name();
+        return Err(Failure(
+            Code::Usage,
+            format!("{name} is not executed at depth {depth}"),
+        ));
+    };
+    let mut host = Profiling {
+        level: stack.level,
+        command: Some(*config),
+        failed: false,
+    };
+    let args_text = format!("profile={}", stack.specs[0].op.name());
+    let spec = Spec::new(stack.level, Inner::Payload { args: args_text });
+    let outcome = stack::run(&spec, &args.files(), args.local(), &mut host)?;
+    ended_well(stack.level, &outcome.exit)?;
+    Ok(if host.failed { Code::Failed } else { Code::Ok })
+}
+
+struct Profiling {
+    level: u32,
+    command: Option<Config>,
+    failed: bool,
+}
+
+impl Handler for Profiling {
+    fn next_command(&mut self) -> u32 {
+        match self.command.take() {
+            Some(config) => Command::Profile { config, round: 0 }.encode(),
+            None => Command::End.encode(),
+        }
+    }
+
+    fn console_line(&mut self, level: u32, line: &str) {
+        if level != self.level {
+            return;
+        }
+        match Line::parse(line) {
+            Line::Error(what) => {
+                self.failed = true;
+                eprintln!("matryoshka: L{level}: {what}");
+            }
+            Line::Start(op) => eprintln!("profiling {} from L{level}", op.name()),
+            _ => {}
+        }
+    }
+}

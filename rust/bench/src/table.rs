@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The results for a person.
+
+use std::fmt::Write;
+
+use crate::report::{Report, Row};
+
+/// The table: each operation's configurations under each other, with what part of stock they cost.
+pub fn table(report: &Report) -> String {
+    let mut text = String::new();
+    let unit = &report.unit;
+    // Writing to a string cannot fail.
+    let _ = writeln!(
+        text,
+        "{unit} per operation (touch: per page); kernel {}",
+        report.kernel
+    );
+    let _ = writeln!(
+        text,
+        "{:<20} {:>5}  {:<6} {:>12} {:>12} {:>9} {:>9}",
+        "operation", "depth", "config", "minimum", "median", "L0 exits", "of stock"
+    );
+    let mut rows: Vec<&Row> = report.rows.iter().collect();
+    rows.sort_by_key(|row| row.order());
+    let mut last = None;
+    for row in &rows {
+        let same = |other: &&&Row| {
+            (&other.op, other.depth, &other.pattern) == (&row.op, row.depth, &row.pattern)
+        };
+        let stock = rows
+            .iter()
+            .find(|other| same(other) && other.config == "stock");
+        let head = (row.op.clone(), row.depth, row.pattern.clone());
+        let new = last.as_ref() != Some(&head);
+        let (name, depth) = match new {
+            true => (name(row), row.depth.to_string()),
+            false => (String::new(), String::new()),
+        };
+        last = Some(head);
+        let _ = writeln!(
+            text,
+            "{name:<20} {depth:>5}  {:<6} {:>12} {:>12} {:>9} {:>9}",
+            row.config,
+            grouped(row.instructions.min),
+            grouped(row.instructions.median),
+            row.l0_exits.map_or("-".into(), exits),
+            match stock {
+                Some(stock) if stock.config != row.config => ratio(row, stock),
+                _ => String::new(),
+            }
+        );
+    }
+    text
+}
+
+fn name(row: &Row) -> String {
+    match row.pattern.as_deref() {
+        None | Some("sequential") => row.op.clone(),
+        Some(pattern) => format!("{} {}", row.op, &pattern[..pattern.len().min(6)]),
+    }
+}
+
+fn exits(exits: f64) -> String {
+    match exits.fract() == 0.0 {
+        true => format!("{exits:.0}"),
+        false => format!("{exits:.3}"),
+    }
+}
+
+fn ratio(row: &Row, stock: &Row) -> String {
+    match stock.instructions.min {
+        0 if row.instructions.min == 0 => "100.0 %".into(),
+        0 => "-".into(),
+        least => format!(
+            "{:.1} %",
+            100.0 * row.instructions.min as f64 / least as f64
+        ),
+    }
+}
+
+/// Thousands apart from each other.
+pub fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
+    for (at, digit) in digits.chars().enumerate() {
+        if at > 0 && (digits.len() - at) % 3 == 0 {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn thousands_are_set_apart() {
+        for (number, text) in [
+            (0, "0"),
+            (999, "999"),
+            (1000, "1,000"),
+            (435_663, "435,663"),
+            (28_000_000, "28,000,000"),
+        ] {
+            assert_eq!(grouped(number), text);
+        }
+    }
+}
