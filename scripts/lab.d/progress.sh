@@ -5,7 +5,7 @@
 # measured on and, where its log grows evenly, the number of lines the log ends with. As steps finish, the ratio
 # of real to expected time becomes known, and the rest of the plan is scaled by it.
 
-declare -a STEP_NAME STEP_FN STEP_SECONDS STEP_LINES
+declare -a STEP_NAME=() STEP_FN=() STEP_SECONDS=() STEP_LINES=()
 PLAN_SPENT=0     # seconds that finished steps took
 PLAN_EXPECTED=0  # seconds that they were expected to take
 
@@ -69,6 +69,18 @@ draw() {
 		$(($1 + 1)) ${#STEP_NAME[@]} "${STEP_NAME[$1]}" "about $(clock "$(plan_eta "$1" "$2" "$permille")")"
 }
 
+# step_failed INDEX LOG: a cause that we worded ourselves says more than the lines before it; else the last lines have to do.
+step_failed() {
+	printf 'lab: error: %s failed\n' "${STEP_NAME[$1]}"
+	if grep -q '^lab: error: ' -- "$2"; then
+		tac -- "$2" | sed '/^lab: error: /q' | tac
+	else
+		printf '     Its last lines were:\n'
+		tail -n 15 -- "$2" | sed 's/^/  | /'
+	fi
+	printf '     The whole log: %s\n     Run the same command again to continue from here.\n' "$2"
+}
+
 # run_plan: run the steps in turn; each one's output goes to its log. The first failure ends the plan.
 run_plan() {
 	local i log started elapsed said status tty=
@@ -97,9 +109,7 @@ run_plan() {
 		elapsed=$((SECONDS - started))
 		[ -z "$tty" ] || printf '\r\033[K'
 		if [ "$status" -ne 0 ]; then
-			printf 'lab: error: %s failed; its last lines were:\n' "${STEP_NAME[$i]}" >&2
-			tail -n 15 -- "$log" | sed 's/^/  | /' >&2
-			printf '     The whole log: %s\n     Run the same command again to continue from here.\n' "$log" >&2
+			step_failed "$i" "$log" >&2
 			return 1
 		fi
 		say "lab: [$((i + 1))/${#STEP_NAME[@]}] ${STEP_NAME[$i]}: done in $(clock "$elapsed")"

@@ -85,7 +85,11 @@ make_root() {
 		--dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
 		--dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/info/*' \
 		--skip=cleanup/apt/lists --skip=chroot/mount/sys \
-		"$SUITE" "$part" "${sources[@]}"
+		"$SUITE" "$part" "${sources[@]}" ||
+		die "mmdebstrap could not make the root file system from $mirror" \
+		    "Lines of the log that begin with E: or Err: say why. If a name was not resolved or a connection refused: is" \
+		    "there a network, and does this machine need a proxy (http_proxy)? Another mirror: MIRROR=URL scripts/lab setup" \
+		    "If a signature was not accepted: apt-get install debian-archive-keyring"
 	rm -rf -- "$part"/var/cache/apt/archives/*.deb "$part"/var/cache/apt/*.bin
 	mkdir -p -- "$part/src" "$part/cache"
 	mark_ready "$part"

@@ -57,6 +57,8 @@ in_setup() {
 		[ -d "$KERNEL_DIR" ] || { rm -f -- "$CACHE/kernel-current"; KNOWN=; }
 		refresh=
 	fi
+	# A kernel that cannot be had is better told now than after the steps before it.
+	if [ -n "${KERNEL:-}" ] && ready "$ROOT" && [ ! -f "$KERNEL_DIR/vmlinuz" ]; then resolve; fi
 	plan_setup "$refresh"
 	if [ ${#STEP_NAME[@]} -eq 0 ]; then
 		known
