@@ -65,6 +65,7 @@ enum Command {
     Set(status::SetArgs),
     Watch(watch::WatchArgs),
     Doctor(doctor::DoctorArgs),
+    Bench(bench::BenchArgs),
 }
 
 fn main() -> ExitCode {
@@ -81,6 +82,7 @@ fn main() -> ExitCode {
         Command::Set(a) => status::set(a).into(),
         Command::Watch(a) => watch::run(a).into(),
         Command::Doctor(a) => doctor::run(a).into(),
+        Command::Bench(a) => bench::run(a),
     }
 }
 
