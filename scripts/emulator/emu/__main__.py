@@ -68,7 +68,7 @@ def arguments():
     add("--bare", action="store_true", help="leave out the tool, the module and the guest kernel")
     run = modes.add_parser("run", parents=[common], help="run one command in L0", epilog=EXAMPLES,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
-    run.add_argument("--timeout", type=int, default=300, metavar="S", help="silence that counts as a hang (default 300 s)")
+    run.add_argument("--timeout", type=int, default=300, metavar="S", help="silence that counts as a hang, in seconds of the emulator's processor time (default 300)")
     run.add_argument("--limit", type=int, default=0, metavar="S", help="time the whole run may take")
     run.add_argument("--out", metavar="DIR", help="where /out of the guest and console.log go")
     run.add_argument("--fail-on-warn", action="store_true", help="a WARNING, BUG or Oops of any kernel fails the run")
@@ -120,15 +120,21 @@ def build_initramfs(path, args, paths, tree):
 
     modules = boot.Modules(tree).load_order(["kvm", "kvm_intel", *args.module])
     version = next(tag[9:].split()[0].decode() for tag in modules[0][1].split(b"\0") if tag.startswith(b"vermagic="))
-    table = ""
-    for name, data in modules:
+    load, depends = "", ""
+    for name, data, needs in modules:
         image.data(f"lib/modules/{version}/{name}.ko", data)
-        options = f"nested=1 {args.kvm_intel}" if name == "kvm_intel" else ""
-        table += f"{name}.ko {options}\n"
-    image.data("etc/emu/modules", table.encode())
+        options = f"nested=1 {args.kvm_intel}" if name == "kvm-intel" else ""
+        load += f"{name}.ko {options}\n"
+        depends += f"{name}.ko:{''.join(f' {n}.ko' for n in needs)}\n"
+    image.data("etc/emu/modules", load.encode())
+    image.data(f"lib/modules/{version}/modules.dep", depends.encode())  # for modprobe
+    image.data("etc/modprobe.conf", f"options kvm_intel nested=1 {args.kvm_intel}\n".encode())
     image.data("etc/emu/mode", args.mode.encode())
     if args.mode == "run":
         image.data("etc/emu/command", ("exec " + shlex.join(args.command) + "\n").encode())
+    config = os.path.join(paths.get("KERNEL") or args.kernel_tree, "config")
+    if os.path.exists(config):
+        image.copy(config, f"boot/config-{version}")
     image.data("etc/passwd", b"root:x:0:0:root:/:/bin/sh\n")
 
     if not args.bare:
@@ -139,22 +145,13 @@ def build_initramfs(path, args, paths, tree):
                              (paths.get("PAYLOAD"), "lib/matryoshka/payload")):
             if source and os.path.exists(source):
                 image.copy(source, name)
-        if guest and os.path.isdir(guest):
-            for name, data in guest_modules(guest):
+        try:
+            for name, data, _ in boot.Modules(paths.get("GUEST_MODULES", "")).load_order(["kvm", "kvm_intel"]):
                 image.data(f"lib/matryoshka/guest/{name}.ko", data)
+        except FileNotFoundError:
+            pass    # built in, or there is no guest kernel
     image.close()
     return version
-
-
-def guest_modules(guest):
-    """The modules KVM needs in a guest; none if they are built in."""
-    for tree in (guest, *(os.path.join(guest, "modules", d) for d in sorted(os.listdir(os.path.join(guest, "modules")))
-                          if os.path.isdir(os.path.join(guest, "modules", d)))) if os.path.isdir(os.path.join(guest, "modules")) else (guest,):
-        try:
-            return boot.Modules(tree).load_order(["kvm", "kvm_intel"])
-        except FileNotFoundError:
-            continue
-    return []
 
 
 class History:
@@ -333,7 +330,8 @@ def main():
     """Builds what to boot, boots it, and cleans up."""
     args = arguments()
     paths = lab_paths(args)
-    tree = args.kernel_tree or paths["KERNEL"]
+    tree = args.kernel_tree or paths["KMODULES"]
+    vmlinuz = os.path.join(args.kernel_tree or paths["KERNEL"], "vmlinuz")
     args.emulator = args.emulator or paths["EMU"]
     binary = os.path.join(args.emulator, "bochs-prof" if args.prof else "bochs")
     if not os.access(binary, os.X_OK):
@@ -345,7 +343,7 @@ def main():
         try:
             build_initramfs(initramfs, args, paths, tree)
             line = f"console=ttyS0,115200 loglevel=5 nokaslr panic=0 {args.append}".strip()
-            images, floppy = boot.boot_files(directory, os.path.join(tree, "vmlinuz"), initramfs, line, args.memory)
+            images, floppy = boot.boot_files(directory, vmlinuz, initramfs, line, args.memory)
         except (OSError, ValueError) as problem:
             fail(str(problem))
         environment = {}

@@ -77,7 +77,7 @@ class Modules:
                     self._files[stem] = os.path.join(root, name)
 
     def load_order(self, wanted):
-        """[(name, ELF image)] so that everything comes after what it needs."""
+        """[(file name without .ko, ELF image, names of what it needs)] so that everything comes after what it needs."""
         done = {}
 
         def visit(name):
@@ -88,13 +88,16 @@ class Modules:
             if not path:
                 raise FileNotFoundError(f"this kernel has no module {name}")
             image = read_module(path)
+            needs = []
             for tag in image.split(b"\0"):
                 if tag.startswith(b"depends="):
-                    for needed in filter(None, tag[8:].decode().split(",")):
-                        visit(needed)
+                    needs = [needed.replace("-", "_") for needed in tag[8:].decode().split(",") if needed]
                     break
-            done[name] = image
+            for needed in needs:
+                visit(needed)
+            base = os.path.basename(path)
+            done[name] = base[:base.index(".ko")], image, needs
 
         for name in wanted:
             visit(name)
-        return list(done.items())
+        return [(stem, image, [done[n][0] for n in needs]) for stem, image, needs in done.values()]
