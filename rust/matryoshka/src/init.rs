@@ -9,8 +9,8 @@ use std::ffi::CStr;
 use std::fs;
 use std::io::Read;
 use std::os::fd::{AsRawFd, FromRawFd};
-use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::Path;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use vmm::console::{tag, Lines};
@@ -66,7 +66,7 @@ fn level(parent: Parent) -> Result<u32, (u32, Error)> {
     // the file, and nothing but speed depends on it.
     let _ = fs::write("/sys/kernel/mm/transparent_hugepage/enabled", "madvise");
     let _ = fs::write("/sys/kernel/mm/transparent_hugepage/defrag", "madvise");
-    let files = Files::new(Path::new(DIR), Path::new("/init"));
+    let files = Files::new(Path::new(DIR), Path::new("/init")).with_relayed(spec.extra.len());
     for name in KVM_MODULES {
         let params = match name {
             "kvm-intel" => "nested=1",
@@ -163,19 +163,9 @@ fn innermost(spec: &Spec, parent: Parent) -> Result<u32, Error> {
             .args(["--install", "-s", "/bin"])
             .status();
     }
-    let mut cmd = match command.split_first() {
-        Some((program, args)) => {
-            let mut c = Command::new(program);
-            c.args(args);
-            c
-        }
-        None => Command::new("/bin/sh"),
-    };
-    cmd.env("PATH", "/bin:/sbin:/usr/bin:/usr/sbin")
-        .env("HOME", "/")
-        .env("TERM", "linux");
+    // Commands are started by path and without a closure: std then uses posix_spawn.
+    // Its other way needs a socket pair, and this kernel has no sockets.
     if spec.interactive() {
-        // A session of its own with the console as controlling terminal.
         let tty = Path::new("/dev/ttyS0");
         let open = || {
             fs::OpenOptions::new()
@@ -184,26 +174,32 @@ fn innermost(spec: &Spec, parent: Parent) -> Result<u32, Error> {
                 .open(tty)
                 .map_err(Error::file(tty))
         };
-        cmd.stdin(open()?).stdout(open()?).stderr(open()?);
-        // SAFETY: between fork and exec only system calls are made.
-        unsafe {
-            cmd.pre_exec(|| {
-                libc::setsid();
-                libc::ioctl(0, libc::TIOCSCTTY, 0);
-                Ok(())
-            })
-        };
-        let status = cmd.status().map_err(Error::file(Path::new("/bin/sh")))?;
+        // A session of its own with the console as controlling terminal.
+        let status = environment(&mut Command::new(busybox))
+            .args(["setsid", "-c", "/bin/sh"])
+            .stdin(open()?)
+            .stdout(open()?)
+            .stderr(open()?)
+            .status()
+            .map_err(Error::file(busybox))?;
         return Ok(exit_status(status));
     }
+    let program = command.first().map_or("/bin/sh", String::as_str);
+    let path = find(program, PATH).ok_or_else(|| {
+        Error::Stack(format!(
+            "no {program} in this guest; --file SRC=DST puts a file there"
+        ))
+    })?;
+    let mut cmd = Command::new(&path);
+    cmd.args(&command[1..]);
+    environment(&mut cmd);
     let (mut reader, writer) = pipe()?;
     let clone = writer.try_clone().map_err(|source| Error::Os {
         what: "pipe",
         source,
     })?;
     cmd.stdin(Stdio::null()).stdout(clone).stderr(writer);
-    let program = command.first().map_or("/bin/sh", String::as_str);
-    let mut child = cmd.spawn().map_err(Error::file(Path::new(program)))?;
+    let mut child = cmd.spawn().map_err(Error::file(&path))?;
     drop(cmd); // and with it our ends of the pipe for writing
     let mut lines = Lines::default();
     let mut buf = [0u8; 4096];
@@ -216,6 +212,24 @@ fn innermost(spec: &Spec, parent: Parent) -> Result<u32, Error> {
         source,
     })?;
     Ok(exit_status(status))
+}
+
+/// Where an innermost Linux has its programs.
+const PATH: &str = "/bin:/sbin:/usr/bin:/usr/sbin";
+
+/// What a program finds in its environment.
+fn environment(c: &mut Command) -> &mut Command {
+    c.env("PATH", PATH).env("HOME", "/").env("TERM", "linux")
+}
+
+/// The file behind a command's name, as execvp finds it.
+fn find(program: &str, path: &str) -> Option<PathBuf> {
+    if program.contains('/') {
+        return Some(program.into()).filter(|p: &PathBuf| p.exists());
+    }
+    path.split(':')
+        .map(|d| Path::new(d).join(program))
+        .find(|p| p.exists())
 }
 
 /// A status as shells give it: 128 and the signal for a program that was killed.
@@ -273,6 +287,14 @@ fn reboot() -> ! {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn programs_are_found_as_in_a_shell() {
+        assert_eq!(find("sh", "/nonexistent:/bin"), Some("/bin/sh".into()));
+        assert_eq!(find("/bin/sh", ""), Some("/bin/sh".into()));
+        assert_eq!(find("no-such-program", "/bin"), None);
+        assert_eq!(find("/no/such/program", "/bin"), None);
+    }
 
     #[test]
     fn stats_are_one_line() {

@@ -26,7 +26,7 @@ pub enum Code {
     Usage = 2,
     /// This host is not fit: no KVM, no nesting, files missing.
     Unfit = 3,
-    /// The module is not loaded.
+    /// The module is not loaded, or cannot be.
     NoModule = 4,
     /// A guest crashed, reset itself or ran out of time.
     Guest = 5,
@@ -43,7 +43,7 @@ const CODES: &str = "Exit status:
   1  something failed; with nest: or the status that the innermost level ended with
   2  wrong arguments
   3  this host is not fit (no /dev/kvm, no nested VMX, files missing): see `matryoshka doctor`
-  4  the module is not loaded
+  4  the module is not loaded, or cannot be loaded
   5  a guest crashed, reset itself or did not end in time";
 
 #[derive(Parser)]

@@ -139,7 +139,7 @@ impl NestArgs {
         }
     }
 
-    fn files(&self) -> Result<Files, Error> {
+    fn files(&self) -> Files {
         let mut f = Files::new(Path::new(DIR), Path::new("/proc/self/exe"));
         if let Some(g) = &self.guest {
             f = f.with_guest(g);
@@ -147,19 +147,25 @@ impl NestArgs {
         if let Some(p) = &self.payload {
             f = f.with_payload(p);
         }
-        if self.linux {
-            f.extra = self.file.clone();
-            match BUSYBOX.iter().find(|p| Path::new(p).is_file()) {
-                Some(p) => f.extra.push((p.into(), "/bin/busybox".into())),
-                None if self.command.is_empty() => {
-                    return Err(Error::Stack(
-                        "a shell in a guest needs a static busybox: install busybox-static".into(),
-                    ))
-                }
-                None => {}
-            }
+        f
+    }
+
+    /// The additional files of an innermost Linux: a shell above all.
+    fn extra(&self) -> Result<Vec<(PathBuf, String)>, Error> {
+        if !self.linux {
+            return Ok(Vec::new());
         }
-        Ok(f)
+        let mut extra = self.file.clone();
+        match BUSYBOX.iter().find(|p| Path::new(p).is_file()) {
+            Some(p) => extra.push((p.into(), "/bin/busybox".into())),
+            None if self.command.is_empty() => {
+                return Err(Error::Stack(
+                    "a shell in a guest needs a static busybox: install busybox-static".into(),
+                ))
+            }
+            None => {}
+        }
+        Ok(extra)
     }
 }
 
@@ -208,7 +214,8 @@ pub fn run(args: NestArgs) -> ExitCode {
         Err(e) => {
             complain(&e);
             match e {
-                Error::Kvm { .. } | Error::Module(_) => Code::Failed.into(),
+                Error::Kvm { .. } => Code::Failed.into(),
+                Error::Module(_) => Code::NoModule.into(),
                 _ => Code::Unfit.into(),
             }
         }
@@ -238,7 +245,13 @@ fn init_stats(o: &stack::Outcome) -> String {
 
 fn start(args: &NestArgs, spec: &Spec) -> vmm::Result<stack::Outcome> {
     nested_on(spec.depth)?;
-    let files = args.files()?;
+    let mut files = args.files();
+    let (sources, places) = args.extra()?.into_iter().unzip();
+    files.extra = sources;
+    let spec = &Spec {
+        extra: places,
+        ..spec.clone()
+    };
     let set = !args.config.is_empty();
     let rounds: Vec<u32> = if set {
         args.config.clone()

@@ -8,6 +8,7 @@
 //! | `DIR/guest/vmlinux` (or bzImage, vmlinuz) | the kernel of the Linux levels |
 //! | `DIR/guest/irqbypass.ko`, `kvm.ko`, `kvm-intel.ko` | its KVM |
 //! | `DIR/guest/matryoshka.ko` | the module for it |
+//! | `DIR/extra/N` | additional files on their way to an innermost Linux |
 //!
 //! with DIR /lib/matryoshka by default. A guest gets the same tree, so what was
 //! `DIR/guest` on the host is there once more for the next level.
@@ -34,8 +35,9 @@ pub struct Files {
     tool: PathBuf,
     kernel: Option<PathBuf>,
     payload: PathBuf,
-    /// Additional files for an innermost Linux: source, and path there.
-    pub extra: Vec<(PathBuf, String)>,
+    /// Sources of the additional files for an innermost Linux; where they go is in the
+    /// stack's specification ([`crate::stack::Spec::extra`]).
+    pub extra: Vec<PathBuf>,
 }
 
 impl Files {
@@ -64,6 +66,14 @@ impl Files {
     /// Takes another payload.
     pub fn with_payload(mut self, payload: &Path) -> Files {
         self.payload = payload.to_owned();
+        self
+    }
+
+    /// Takes the `n` additional files from where the level below has put them.
+    pub fn with_relayed(mut self, n: usize) -> Files {
+        self.extra = (0..n)
+            .map(|i| self.dir.join(format!("extra/{i}")))
+            .collect();
         self
     }
 
@@ -148,14 +158,8 @@ impl Files {
             let k = self.kernel()?;
             put(&format!("guest/{}", name_of(k)), k);
         }
-        match inner {
-            Inner::Payload { .. } if !innermost => put("payload", self.payload()?),
-            Inner::Payload { .. } => {}
-            Inner::Linux { .. } => {
-                for (src, dst) in &self.extra {
-                    out.push((dst.clone(), src.clone()));
-                }
-            }
+        if !innermost && matches!(inner, Inner::Payload { .. }) {
+            put("payload", self.payload()?);
         }
         Ok(out)
     }
@@ -171,7 +175,7 @@ impl Files {
             .filter_map(|m| self.guest_module(m))
             .map(|p| size(&p))
             .sum::<u64>();
-        bytes += self.extra.iter().map(|(p, _)| size(p)).sum::<u64>();
+        bytes += self.extra.iter().map(|p| size(p)).sum::<u64>();
         (bytes >> 20) + 1
     }
 }

@@ -36,6 +36,8 @@ pub struct Config {
     /// COM1 is a terminal: its output goes up raw, and this descriptor is read for
     /// its input.
     pub terminal: Option<RawFd>,
+    /// Ctrl-A x typed there ends the machine, Ctrl-A Ctrl-A is a Ctrl-A.
+    pub escape: bool,
     /// End the machine after this time, if it has not ended itself.
     pub limit: Option<Duration>,
 }
@@ -46,6 +48,7 @@ impl Default for Config {
             cpus: 1,
             pit: true,
             terminal: None,
+            escape: false,
             limit: None,
         }
     }
@@ -183,8 +186,14 @@ impl Machine {
 
         let exit = std::thread::scope(|s| {
             if let Some(fd) = self.config.terminal {
-                let (bus, over) = (&bus, &over);
-                s.spawn(move || read_terminal(fd, bus, over));
+                let (bus, over, tx) = (&bus, &over, tx.clone());
+                let mut escape = self.config.escape.then(Escape::default);
+                s.spawn(move || {
+                    if read_terminal(fd, &mut escape, bus, over) {
+                        // The receiver outlives us: it is what ends this scope.
+                        let _ = tx.send(Exit::Done(TERMINAL_STATUS));
+                    }
+                });
             }
             let threads: Vec<_> = self
                 .vcpus
@@ -271,8 +280,38 @@ fn install_kick() -> Result<libc::c_int> {
     Ok(signal)
 }
 
-/// Feeds what is typed at `fd` to COM1 until `over` becomes readable.
-fn read_terminal(fd: RawFd, bus: &Mutex<Bus>, over: &EventFd) {
+/// The status of a machine that was ended from the terminal: as of a program that
+/// was ended by SIGINT.
+const TERMINAL_STATUS: u32 = 130;
+
+/// The escape character of a terminal, Ctrl-A.
+const ESCAPE: u8 = 1;
+
+/// Looks for the escape in what is typed.
+#[derive(Default)]
+struct Escape {
+    seen: bool,
+}
+
+impl Escape {
+    /// Gives what is to be passed on, or nothing when the machine is to end.
+    fn filter(&mut self, typed: &[u8]) -> Option<Vec<u8>> {
+        let mut out = Vec::with_capacity(typed.len());
+        for &b in typed {
+            match (std::mem::take(&mut self.seen), b) {
+                (false, ESCAPE) => self.seen = true,
+                (true, b'x' | b'X') => return None,
+                (true, b) if b != ESCAPE => out.extend([ESCAPE, b]),
+                (_, b) => out.push(b),
+            }
+        }
+        Some(out)
+    }
+}
+
+/// Feeds what is typed at `fd` to COM1 until `over` becomes readable. True when the
+/// escape was typed.
+fn read_terminal(fd: RawFd, escape: &mut Option<Escape>, bus: &Mutex<Bus>, over: &EventFd) -> bool {
     use std::os::fd::AsRawFd;
     let mut polls = [
         libc::pollfd {
@@ -290,14 +329,21 @@ fn read_terminal(fd: RawFd, bus: &Mutex<Bus>, over: &EventFd) {
     loop {
         // SAFETY: the array is ours and its length is the one given.
         if unsafe { libc::poll(polls.as_mut_ptr(), 2, -1) } < 0 || polls[1].revents != 0 {
-            return;
+            return false;
         }
         // SAFETY: reads at most the buffer's length into the buffer.
         let n = unsafe { libc::read(fd, buf.as_mut_ptr().cast(), buf.len()) };
         if n <= 0 {
-            return;
+            return false;
         }
-        let mut rest = &buf[..n as usize];
+        let typed = match escape {
+            None => buf[..n as usize].to_vec(),
+            Some(e) => match e.filter(&buf[..n as usize]) {
+                Some(typed) => typed,
+                None => return true,
+            },
+        };
+        let mut rest = &typed[..];
         while !rest.is_empty() {
             let taken = bus
                 .lock()
@@ -308,9 +354,29 @@ fn read_terminal(fd: RawFd, bus: &Mutex<Bus>, over: &EventFd) {
                 // The guest has not read its 64 bytes yet.
                 std::thread::sleep(Duration::from_millis(10));
                 if over.read().is_ok() {
-                    return;
+                    return false;
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_escape_is_found_across_reads() {
+        let mut e = Escape::default();
+        assert_eq!(e.filter(b"ab\x01"), Some(b"ab".to_vec()));
+        assert_eq!(e.filter(b"x"), None);
+    }
+
+    #[test]
+    fn other_uses_of_the_escape_character_pass() {
+        let mut e = Escape::default();
+        assert_eq!(e.filter(b"\x01\x01"), Some(b"\x01".to_vec()));
+        assert_eq!(e.filter(b"\x01c"), Some(b"\x01c".to_vec()));
+        assert_eq!(e.filter(b"x"), Some(b"x".to_vec()));
     }
 }

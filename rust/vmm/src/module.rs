@@ -220,6 +220,12 @@ pub fn apply(config: Config, level: u32, file: &Path) -> Result<()> {
         None => unload(NAME),
         Some(mode) => {
             if !module.present() {
+                if !file.exists() {
+                    return Err(Error::Module(format!(
+                        "L{level} has none to load: {} is not there",
+                        file.display()
+                    )));
+                }
                 load(file, "")?;
             }
             module.set_all(mode)

@@ -72,6 +72,8 @@ pub struct Spec {
     pub verbose: u8,
     /// More words for the guest kernels' command lines.
     pub append: String,
+    /// Where in an innermost Linux the additional files go ([`Files::extra`]).
+    pub extra: Vec<String>,
 }
 
 impl Spec {
@@ -86,6 +88,7 @@ impl Spec {
             memory_mib: None,
             verbose: 0,
             append: String::new(),
+            extra: Vec::new(),
         }
     }
 
@@ -172,6 +175,8 @@ pub fn run(spec: &Spec, files: &Files, local: Local, handler: &mut dyn Handler) 
         } else {
             None
         },
+        // In the levels between the escape is just two more characters.
+        escape: spec.level == 0,
         limit: local.limit,
     };
     let (mem, entry) = if spec.runs_linux() {
@@ -292,12 +297,16 @@ fn initramfs(next: &Spec, files: &Files) -> Result<Vec<u8>> {
     a.link("bin/matryoshka", "/init");
     let spec = serde_json::to_vec(next).map_err(|e| Error::Stack(format!("stack file: {e}")))?;
     a.file(SPEC_FILE, 0o644, &spec);
-    for (name, src) in files.for_guest(
-        next.level + 1 < next.depth && next.runs_linux(),
-        next.level == next.depth,
-        &next.inner,
-    )? {
+    let innermost = next.level == next.depth;
+    let more = !innermost && next.runs_linux();
+    for (name, src) in files.for_guest(more, innermost, &next.inner)? {
         a.copy(&name, &src)?;
+    }
+    for (i, (src, dst)) in files.extra.iter().zip(&next.extra).enumerate() {
+        match innermost {
+            true => a.copy(dst, src)?,
+            false => a.copy(&format!("{DIR}/extra/{i}"), src)?,
+        }
     }
     Ok(a.finish())
 }
