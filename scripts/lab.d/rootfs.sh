@@ -62,7 +62,7 @@ find_mmdebstrap() {
 
 # make_root: build $ROOT. Runs as root of private namespaces.
 make_root() {
-	local mirror=${MIRROR:-$(host_mirror)} part=$ROOT.part pocket packages option
+	local mirror=${MIRROR:-$(host_mirror)} part=$ROOT.part archives=$CACHE/dl/archives pocket packages option hook
 	local -a sources=() options=()
 	find_mmdebstrap
 	# No Debian archive configured here (Ubuntu): the one that mmdebstrap itself falls back to.
@@ -76,6 +76,10 @@ make_root() {
 		[ -z "$option" ] || options+=("--aptopt=$option")
 	done < <(apt-config dump 2>/dev/null | grep -iE '^Acquire::(http|https)::(Proxy|Verify)' || true)
 	rm -rf -- "$part"
+	# What is downloaded outlives an interruption: APT finds it where it left it, partial files as well. The mount is in our
+	# own namespace and goes with it.
+	mkdir -p -- "$archives/partial"
+	printf -v hook 'mkdir -p "$1/var/cache/apt/archives" && mount --bind %q "$1/var/cache/apt/archives"' "$archives"
 	packages=${ROOT_PACKAGES[*]}
 	"$MMDEBSTRAP" --mode=root --variant=apt --architectures=amd64 --format=directory \
 		--include="${packages// /,}" \
@@ -85,14 +89,18 @@ make_root() {
 		--dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
 		--dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/info/*' \
 		--skip=cleanup/apt/lists --skip=chroot/mount/sys \
+		--setup-hook="$hook" --skip=download/empty --skip=essential/unlink --skip=cleanup/apt/cache \
 		"$SUITE" "$part" "${sources[@]}" ||
 		die "mmdebstrap could not make the root file system from $mirror" \
 		    "Lines of the log that begin with E: or Err: say why. If a name was not resolved or a connection refused: is" \
 		    "there a network, and does this machine need a proxy (http_proxy)? Another mirror: MIRROR=URL scripts/lab setup" \
 		    "If a signature was not accepted: apt-get install debian-archive-keyring"
-	rm -rf -- "$part"/var/cache/apt/archives/*.deb "$part"/var/cache/apt/*.bin
+	umount -- "$part/var/cache/apt/archives"
+	mkdir -p -- "$part/var/cache/apt/archives/partial"
+	rm -f -- "$part"/var/cache/apt/*.bin
 	mkdir -p -- "$part/src" "$part/cache"
 	mark_ready "$part"
 	rm -rf -- "$ROOT"
 	mv -- "$part" "$ROOT"
+	rm -rf -- "$archives"
 }
