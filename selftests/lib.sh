@@ -116,7 +116,13 @@ set_mode() {
 }
 
 # mismatches: of all paths together; anything but 0 is a bug.
-mismatches() { cat "$SYS"/paths/*/mismatches | awk '{ sum += $1 } END { print sum + 0 }'; }
+mismatches() {
+	if loaded; then
+		cat "$SYS"/paths/*/mismatches | awk '{ sum += $1 } END { print sum + 0 }'
+	else
+		echo "not loaded"
+	fi
+}
 
 state_is() { grep -q "^$1" "$CHECKS/state" || { cat "$CHECKS/state"; return 1; }; }
 
