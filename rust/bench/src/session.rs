@@ -99,7 +99,7 @@ impl<'a> Session<'a> {
                 let at = self.current.map_or("start", |round| round.config.name());
                 self.errors.push(format!("L{} ({at}): {what}", self.level));
             }
-            Line::Unknown(line) if line.starts_with("MTK hello") => {}
+            Line::Unknown(line) if line.contains("MTK hello") || line.contains("MTK tests") => {}
             Line::Test(text) | Line::Unknown(text) | Line::Text(text) => {
                 self.progress.print(&format!("L{}| {text}", self.level));
             }

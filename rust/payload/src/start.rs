@@ -25,9 +25,20 @@ global_asm!(
     "    ud2",
     ".section .bss.boot_stack, \"aw\", @nobits",
     ".align 16",
+    ".global boot_stack",
     "boot_stack:",
     "    .skip {stack}",
     ".text",
     stack = const STACK,
     main = sym crate::payload_main,
 );
+
+extern "C" {
+    static boot_stack: u8;
+}
+
+/// Is that address on the payload's own stack, rather than on its child's?
+pub fn on_stack(address: u64) -> bool {
+    let bottom = &raw const boot_stack as u64;
+    (bottom..=bottom + STACK as u64).contains(&address)
+}

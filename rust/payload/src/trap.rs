@@ -112,9 +112,11 @@ struct Frame {
 
 extern "C" fn trap_handler(frame: &mut Frame) {
     let guard = &raw mut GUARD;
+    // The guard of a VM entry stays armed while the child runs, and the child's faults are not the entry's.
+    let own = crate::start::on_stack(frame.rsp);
     // SAFETY: interrupts are off and the interrupted code is stopped inside the guarded region, if any.
     let resume = unsafe {
-        let resume = (*guard).resume;
+        let resume = if own { (*guard).resume } else { 0 };
         if resume != 0 {
             *guard = Guard {
                 resume: 0,
@@ -129,12 +131,13 @@ extern "C" fn trap_handler(frame: &mut Frame) {
         return;
     }
     error!(
-        "exception {} error {:#x} at {:#x} cr2 {:#x} rsp {:#x}",
+        "exception {} error {:#x} at {:#x} cr2 {:#x} rsp {:#x}{}",
         frame.vector,
         frame.error,
         frame.rip,
         crate::cpu::cr2(),
-        frame.rsp
+        frame.rsp,
+        if own { "" } else { " in the child" }
     );
     control::done(Exit::Fault)
 }

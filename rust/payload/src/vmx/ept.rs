@@ -89,6 +89,14 @@ impl Ept {
         write(self.touch_tables + page / 512 * memory::PAGE, page, entry);
     }
 
+    /// Reads it back, with what the processor has set in it.
+    pub fn get(&self, page: u64) -> u64 {
+        assert!(page < self.touch_pages);
+        let table = self.touch_tables + page / 512 * memory::PAGE;
+        // SAFETY: one of this set's own tables.
+        unsafe { ((table + (page & 511) * 8) as *const u64).read_volatile() }
+    }
+
     /// The EPT pointer for a VMCS.
     pub fn pointer(&self) -> u64 {
         match super::capability(super::msr::EPT_VPID_CAP) & CAP_ACCESSED_DIRTY {

@@ -5,6 +5,7 @@ macro_rules! fields {
     ($($name:ident = $encoding:literal,)*) => {
         $(
             #[doc = concat!("The field of encoding ", stringify!($encoding), ".")]
+            #[allow(dead_code)] // the table is the SDM's, whole; most fields are only walked
             pub const $name: u32 = $encoding;
         )*
         /// Every field with its name. The high halves of 64-bit fields are `encoding | 1`.

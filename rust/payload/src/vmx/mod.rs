@@ -28,8 +28,6 @@ pub mod msr {
     pub const EXIT_CTLS: u32 = 0x483;
     /// Entry controls, likewise.
     pub const ENTRY_CTLS: u32 = 0x484;
-    /// Miscellaneous data.
-    pub const MISC: u32 = 0x485;
     /// Bits that must be 1 in CR0.
     pub const CR0_FIXED0: u32 = 0x486;
     /// Bits that may be 1 in CR0.
@@ -38,8 +36,6 @@ pub mod msr {
     pub const CR4_FIXED0: u32 = 0x488;
     /// Bits that may be 1 in CR4.
     pub const CR4_FIXED1: u32 = 0x489;
-    /// Secondary processor-based controls.
-    pub const PROCBASED_CTLS2: u32 = 0x48b;
     /// EPT and VPID capabilities.
     pub const EPT_VPID_CAP: u32 = 0x48c;
     /// Pin-based controls, without what was fixed in the first processors.
