@@ -62,18 +62,18 @@ lab:
 build: lab
 	@$(LAB) build $(if $(KERNEL),--kernel $(KERNEL))
 
+# What was measured is kept also if the benchmark has something to complain of.
+keep = status=$$?; [ ! -f $(OUT)/$@/bench.json ] || { mv $(OUT)/$@/bench.json $(OUT)/bench.json && \
+	echo 'written to out/bench.json'; }; exit $$status
+
 run: build
-	@$(call emu,run) -- matryoshka bench --depth $(DEPTHS) --config $(CONFIGS) --ops $(OPS) --json /out/bench.json
-	@cp $(OUT)/run/bench.json $(OUT)/bench.json
-	@echo 'written to out/bench.json'
+	@$(call emu,run) -- matryoshka bench --depth $(DEPTHS) --config $(CONFIGS) --ops $(OPS) --json /out/bench.json; $(keep)
 
 # With no choice made, bench measures every operation and run the few that tell most.
 ALL_OPS = $(if $(filter file,$(origin OPS)),every,$(OPS))
 
 bench: build
-	@$(call emu,bench) -- matryoshka bench --depth $(DEPTHS) --config $(CONFIGS) --ops $(ALL_OPS) --json /out/bench.json
-	@cp $(OUT)/bench/bench.json $(OUT)/bench.json
-	@echo 'written to out/bench.json'
+	@$(call emu,bench) -- matryoshka bench --depth $(DEPTHS) --config $(CONFIGS) --ops $(ALL_OPS) --json /out/bench.json; $(keep)
 
 profile: build
 	@scripts/profile $(OP) --depth $(DEPTH) $(if $(KERNEL),--kernel $(KERNEL)) --out $(OUT)/profile
