@@ -336,6 +336,9 @@ def main():
     binary = os.path.join(args.emulator, "bochs-prof" if args.prof else "bochs")
     if not os.access(binary, os.X_OK):
         fail(f"{binary} is missing: run scripts/lab setup")
+    if os.path.exists(os.path.join(args.emulator, "unpatched")):
+        fail("the emulator is Debian's own build, which cannot load the boot files: give scripts/lab access to the mirror's bochs source, then "
+             "scripts/lab clean emu && scripts/lab setup")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))
     with tempfile.TemporaryDirectory(prefix="emu-") as directory:
