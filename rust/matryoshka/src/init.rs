@@ -56,6 +56,7 @@ pub fn main() -> ! {
 }
 
 fn level(parent: Parent) -> Result<u32, (u32, Error)> {
+    parent.up();
     let spec = stack::read_spec(Path::new(SPEC_FILE)).map_err(|e| (0, e))?;
     let fail = |e| (spec.level, e);
     if spec.level == spec.depth {

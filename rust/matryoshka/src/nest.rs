@@ -176,6 +176,7 @@ struct Host {
     set: bool,
     depth: u32,
     plain: bool,
+    verbose: bool,
 }
 
 impl Handler for Host {
@@ -191,6 +192,9 @@ impl Handler for Host {
     }
 
     fn console_line(&mut self, level: u32, line: &str) {
+        if !self.verbose && line.starts_with("MTK boot ") {
+            return;
+        }
         if !self.plain {
             println!("L{level}| {line}");
         } else if level == self.depth {
@@ -250,6 +254,7 @@ fn start(args: &NestArgs, spec: &Spec) -> vmm::Result<stack::Outcome> {
     files.extra = sources;
     let spec = &Spec {
         extra: places,
+        exit_counter: vmm::backdoor::present(),
         ..spec.clone()
     };
     let set = !args.config.is_empty();
@@ -273,6 +278,7 @@ fn start(args: &NestArgs, spec: &Spec) -> vmm::Result<stack::Outcome> {
         set,
         depth: spec.depth,
         plain: args.plain,
+        verbose: args.verbose > 0,
     };
     let stdin = std::io::stdin();
     let raw = if spec.interactive() {

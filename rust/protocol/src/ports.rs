@@ -16,6 +16,9 @@ pub const TOUCH: u16 = 0x4D0C;
 pub const NOP: u16 = 0x4D10;
 /// Number of 4 KiB pages in the touch region, 32-bit IN.
 pub const TOUCH_PAGES: u16 = 0x4D14;
+/// The init of a Linux guest runs, 32-bit OUT of anything: the end of its boot, which the VMM has
+/// measured from the guest's first instruction.
+pub const UP: u16 = 0x4D14;
 /// Console text again, 32-bit OUT of how many bytes of it lie in the [`MAILBOX`]. One exit for a
 /// whole line: KVM lets a `rep outsb` exit for each byte.
 pub const TEXT: u16 = 0x4D18;

@@ -5,5 +5,5 @@
 
 pub use protocol::ports::{
     touch, COMMAND, CONSOLE, DONE, END, FIRST, MAILBOX, MAILBOX_SIZE, NOP, RAW, TEXT, TOUCH,
-    TOUCH_BASE, TOUCH_PAGES,
+    TOUCH_BASE, TOUCH_PAGES, UP,
 };

@@ -43,6 +43,10 @@ pub trait Host: Send {
     fn raw(&mut self, bytes: &[u8]);
     /// The guest wants the next command.
     fn command(&mut self) -> u32;
+    /// The guest is about to execute its first instruction.
+    fn started(&mut self) {}
+    /// The init of a Linux guest runs.
+    fn up(&mut self) {}
 }
 
 /// Raises COM1's interrupt through an irqfd.
@@ -88,6 +92,11 @@ impl<'a> Bus<'a> {
         }
     }
 
+    /// Tells the host that the guest begins.
+    pub(crate) fn started(&mut self) {
+        self.host.started();
+    }
+
     /// An OUT of `data` (several elements of a string instruction at once).
     pub(crate) fn out(&mut self, port: u16, data: &[u8]) -> Flow {
         let word = || {
@@ -111,6 +120,7 @@ impl<'a> Bus<'a> {
                 let host = &mut self.host;
                 self.text.push(data, |l| host.line(Source::Control, l));
             }
+            ctl::UP => self.host.up(),
             ctl::TEXT => {
                 let bytes = self.mailbox(word());
                 let host = &mut self.host;

@@ -12,6 +12,7 @@
 //!   initramfs of the next one out of the files this level was given,
 //! * [`module`] speaks to the Matryoshka module through sysfs.
 
+pub mod backdoor;
 pub mod boot;
 pub mod console;
 pub mod control;

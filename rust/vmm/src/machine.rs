@@ -184,6 +184,7 @@ impl Machine {
         let ids: Vec<AtomicU64> = self.vcpus.iter().map(|_| AtomicU64::new(0)).collect();
         let (tx, rx) = mpsc::channel();
 
+        bus.lock().unwrap_or_else(PoisonError::into_inner).started();
         let exit = std::thread::scope(|s| {
             if let Some(fd) = self.config.terminal {
                 let (bus, over, tx) = (&bus, &over, tx.clone());

@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::ptr::null_mut;
 
-use crate::control::{COMMAND, DONE, END, FIRST, MAILBOX, MAILBOX_SIZE, RAW, TEXT};
+use crate::control::{COMMAND, DONE, END, FIRST, MAILBOX, MAILBOX_SIZE, RAW, TEXT, UP};
 use crate::{Error, Result};
 
 /// Access to the parent's control device.
@@ -62,6 +62,11 @@ impl Parent {
         Ok(Parent {
             mailbox: page.cast(),
         })
+    }
+
+    /// Says that this machine's init runs.
+    pub fn up(&self) {
+        out(UP, 0);
     }
 
     /// Sends a line of console text.

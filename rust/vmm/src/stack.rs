@@ -23,7 +23,7 @@ use crate::files::{Files, DIR};
 use crate::machine::{self, Exit, Machine};
 use crate::memory::{Memory, PAGE};
 use crate::payload::PAYLOAD_MIB;
-use crate::{boot, module, mptable, payload, Error, Result};
+use crate::{backdoor, boot, module, mptable, payload, Error, Result};
 
 /// The most levels. Each one costs sixteen times the one before, so nobody gets
 /// near it; it keeps a slip of the finger from filling memory.
@@ -72,6 +72,8 @@ pub struct Spec {
     pub verbose: u8,
     /// More words for the guest kernels' command lines.
     pub append: String,
+    /// The emulator's exit counter is there ([`backdoor::present`] on L0).
+    pub exit_counter: bool,
     /// Where in an innermost Linux the additional files go ([`Files::extra`]).
     pub extra: Vec<String>,
 }
@@ -88,6 +90,7 @@ impl Spec {
             memory_mib: None,
             verbose: 0,
             append: String::new(),
+            exit_counter: false,
             extra: Vec::new(),
         }
     }
@@ -204,6 +207,7 @@ pub fn run(spec: &Spec, files: &Files, local: Local, handler: &mut dyn Handler) 
         module: files.module_here(),
         handler,
         failed: None,
+        started: (0, 0),
     };
     let report = Machine::new(&kvm, config, mem, &entry)?.run(&mut level)?;
     match level.failed {
@@ -221,9 +225,42 @@ struct Level<'a> {
     module: PathBuf,
     handler: &'a mut dyn Handler,
     failed: Option<Error>,
+    /// Ticks and exits at the guest's first instruction.
+    started: (u64, u64),
+}
+
+impl Level<'_> {
+    /// Ticks of this level's TSC and exits into L0 (0 where nobody counts them).
+    fn now(&self) -> (u64, u64) {
+        let exits = if self.spec.exit_counter {
+            // SAFETY: L0 has asked whether the counter is there, and it is.
+            unsafe { backdoor::exits() }
+        } else {
+            0
+        };
+        (backdoor::ticks(), exits)
+    }
 }
 
 impl Host for Level<'_> {
+    fn started(&mut self) {
+        self.started = self.now();
+    }
+
+    fn up(&mut self) {
+        let ((ticks, exits), (from, exits_from)) = (self.now(), self.started);
+        let exits = match self.spec.exit_counter {
+            true => (exits - exits_from).to_string(),
+            false => "-".into(),
+        };
+        let level = self.spec.level + 1;
+        let line = format!(
+            "MTK boot depth={level} ticks={} exits={exits}",
+            ticks - from
+        );
+        self.handler.console_line(level, &line);
+    }
+
     fn line(&mut self, source: Source, line: &str) {
         let own = self.spec.level + 1;
         // The tool in a Linux guest says itself which level a line is from.
@@ -405,6 +442,7 @@ mod tests {
                 module: PathBuf::new(),
                 handler: &mut r,
                 failed: None,
+                started: (0, 0),
             }
             .line(source, line);
         }
@@ -429,7 +467,8 @@ mod tests {
                 spec: &s,
                 module: PathBuf::new(),
                 handler: &mut r,
-                failed: None
+                failed: None,
+                started: (0, 0),
             }
             .command(),
             word
@@ -441,6 +480,7 @@ mod tests {
             module: PathBuf::new(),
             handler: &mut r,
             failed: None,
+            started: (0, 0),
         };
         assert_eq!(l.command(), 0);
         assert!(l.failed.is_some());
