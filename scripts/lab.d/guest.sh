@@ -11,12 +11,16 @@ use_guest() {
 	[ ! -s "$GUEST_DIR/release" ] || GVER=$(cat -- "$GUEST_DIR/release")
 }
 
+# guest.config has the newest kernel's names. What older kernels call the same symbol is set as well; a kernel ignores
+# the name that it does not know.
+GUEST_OLD_NAMES='CONFIG_PROC_SYSCTL=y' # CONFIG_SYSCTL, before 7.3
+
 # configure_guest: allnoconfig with our lines on top; a line that Kconfig did not follow is an error, because a
 # missing symbol shows only much later, as a guest that hangs or a module that does not load.
 configure_guest() {
 	local build=$1 line name bad=0
-	if ! cmp -s "$SCRIPTS/guest.config" "$build/guest.config"; then
-		cp -- "$SCRIPTS/guest.config" "$build/guest.config"
+	if ! { cat -- "$SCRIPTS/guest.config" && printf '%s\n' "$GUEST_OLD_NAMES"; } | cmp -s - "$build/guest.config"; then
+		{ cat -- "$SCRIPTS/guest.config" && printf '%s\n' "$GUEST_OLD_NAMES"; } >"$build/guest.config"
 		kmake "/cache/${build#"$CACHE/"}" KCONFIG_ALLCONFIG=guest.config allnoconfig
 	fi
 	while read -r line; do
@@ -27,7 +31,7 @@ configure_guest() {
 		CONFIG_*)
 			grep -qxF -- "$line" "$build/.config" || { echo "guest.config wants $line"; bad=1; } ;;
 		esac
-	done <"$build/guest.config"
+	done <"$SCRIPTS/guest.config"
 	if [ "$bad" -ne 0 ]; then
 		rm -f -- "$build/guest.config"
 		die "Kconfig of $KVER does not follow scripts/guest.config in the lines above" \
