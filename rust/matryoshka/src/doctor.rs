@@ -96,6 +96,15 @@ impl Host {
         }))
     }
 
+    /// Whether the running kernel has this symbol; `None` where it does not show its symbols.
+    fn symbol(&self, name: &str) -> Option<bool> {
+        let text = self.read("/proc/kallsyms").filter(|t| !t.is_empty())?;
+        Some(
+            text.lines()
+                .any(|l| l.split_whitespace().nth(2) == Some(name)),
+        )
+    }
+
     /// Words of a line of /proc/cpuinfo.
     fn cpu_words(&self, line: &str) -> Vec<String> {
         self.read("/proc/cpuinfo")
@@ -204,25 +213,28 @@ fn check(host: &Host) -> Vec<Check> {
          CONFIG_DEBUG_INFO_BTF_MODULES",
     ));
 
-    for (name, option, todo) in [
+    // A symbol that only a kernel with the option has, for where no configuration lies.
+    for (name, option, symbol, todo) in [
         (
             "ftrace direct calls",
             "CONFIG_DYNAMIC_FTRACE_WITH_DIRECT_CALLS",
+            "register_ftrace_direct",
             "the module hooks KVM with them: use a kernel built with it",
         ),
         (
             "Rust in the kernel",
             "CONFIG_RUST",
+            "rust_helper_mutex_lock",
             "the module is written in Rust: use a kernel built with it (Debian's from 7.x on)",
         ),
     ] {
-        out.push(match host.config(option) {
+        out.push(match host.config(option).or_else(|| host.symbol(symbol)) {
             Some(true) => Check::new(name, Ok, option, ""),
             Some(false) => Check::new(name, Bad, format!("no {option}"), todo),
             None => Check::new(
                 name,
                 Unknown,
-                "no kernel configuration to be found",
+                "neither configuration nor symbols of the kernel to be found",
                 "look for it in the kernel's configuration",
             ),
         });
@@ -429,6 +441,16 @@ mod tests {
         let t = with("shadow", "/proc/cpuinfo", "flags : vmx\nvmx flags : ept\n");
         assert_eq!(t.verdict("shadow VMCS"), Verdict::Warn);
         assert_eq!(t.verdict("EPT"), Verdict::Ok);
+    }
+
+    #[test]
+    fn symbols_stand_in_for_a_configuration() {
+        let mut files = GOOD.to_vec();
+        files.retain(|f| f.0 != "/boot/config-7.3");
+        files.push(("/proc/kallsyms", "0 T register_ftrace_direct\n0 T other\n"));
+        let t = Tree::new("symbols", &files);
+        assert_eq!(t.verdict("ftrace direct calls"), Verdict::Ok);
+        assert_eq!(t.verdict("Rust in the kernel"), Verdict::Bad);
     }
 
     #[test]

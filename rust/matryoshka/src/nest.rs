@@ -192,7 +192,14 @@ impl Handler for Host {
     }
 
     fn console_line(&mut self, level: u32, line: &str) {
-        if !self.verbose && line.starts_with("MTK boot ") {
+        if let Some(boot) = line.strip_prefix("MTK boot ") {
+            // The only sign of progress while a deep stack starts.
+            if !self.plain {
+                eprintln!(
+                    "matryoshka: L{level}'s Linux is up{}",
+                    boot_cost(boot, self.verbose)
+                );
+            }
             return;
         }
         if !self.plain {
@@ -206,6 +213,20 @@ impl Handler for Host {
         let mut out = std::io::stdout();
         // Nowhere to complain to when the terminal is gone.
         let _ = out.write_all(bytes).and_then(|()| out.flush());
+    }
+}
+
+/// What a line of boot figures says to a human: nothing, or ticks and exits into L0.
+fn boot_cost(line: &str, verbose: bool) -> String {
+    let value = |key: &str| {
+        line.split(' ')
+            .find_map(|w| w.strip_prefix(key))
+            .unwrap_or("-")
+    };
+    match (verbose, value("exits=")) {
+        (false, _) => String::new(),
+        (true, "-") => format!(" after {} ticks", value("ticks=")),
+        (true, exits) => format!(" after {} ticks and {exits} exits into L0", value("ticks=")),
     }
 }
 
@@ -340,6 +361,19 @@ mod tests {
             }
         );
         assert!(parse(&["--linux"]).unwrap().spec().interactive());
+    }
+
+    #[test]
+    fn boot_figures_are_readable() {
+        assert_eq!(
+            boot_cost("depth=1 ticks=12 exits=3", true),
+            " after 12 ticks and 3 exits into L0"
+        );
+        assert_eq!(
+            boot_cost("depth=1 ticks=12 exits=-", true),
+            " after 12 ticks"
+        );
+        assert_eq!(boot_cost("depth=1 ticks=12 exits=3", false), "");
     }
 
     #[test]
