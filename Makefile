@@ -43,7 +43,8 @@ help:
 	@echo '  make modules           build matryoshka.ko for the running kernel'
 	@echo '                           make modules KDIR=/path/to/a/prepared/kernel/tree'
 	@echo '  make modules_install   install it below /lib/modules; then: modprobe matryoshka'
-	@echo '  make install           the tool, the payload and the guest kernel; then: matryoshka doctor'
+	@echo '  make install           the tool and what it starts guests from (make build first); then:'
+	@echo '                           matryoshka doctor'
 	@echo '  make -C selftests run_tests'
 	@echo '  make uninstall         remove what make install put there'
 	@echo ''
@@ -112,7 +113,7 @@ dkms:
 		kdir=$$(KDIR_HEADERS=$(KDIR) $(LAB) prepare-kdir --kernel $(KVER)) || exit 1; fi && \
 	$(MAKE) -C $$kdir $$(scripts/check-kdir --flags $$kdir) M=$(CURDIR) MO=$(OUT)/dkms modules
 
-install: build
+install:
 	@scripts/install
 
 uninstall:
