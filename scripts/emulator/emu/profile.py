@@ -40,7 +40,7 @@ class Profile:
             for line in f:
                 kind, *fields = line.split()
                 if kind == "context":
-                    self.contexts.append((int(fields[1]), int(fields[3])))
+                    self.contexts.append(int(fields[1]))
                 elif kind == "node":
                     self.nodes.append((int(fields[1]), int(fields[2]), int(fields[3], 16), int(fields[4], 16)))
                 elif kind == "region":
@@ -62,10 +62,32 @@ class Profile:
         return median, total, [r for r in self.regions if abs(r[0] - median) * 100 <= median]
 
     def levels(self, depth):
-        """{context: level}: L0 is context 0; the DEPTH guests that started last are L1, L2, ... in that order."""
-        guests = sorted(range(1, len(self.contexts)), key=lambda n: -self.contexts[n][0])
-        guests = guests[-depth:] if depth else guests
-        return {0: 0, **{context: level for level, context in enumerate(guests, 1)}}
+        """{context: level}: L0 is context 0; the DEPTH guests that started last are L1, L2, ... in that order.
+
+        Guests sort by their TSC offset. Two levels may share one, when the inner hypervisor does not set any (the payload does
+        not): the one that executes VMX instructions is the outer of the two. DEPTH 0 stands for the levels that were seen.
+        """
+        seen, hypervisors = set(), set()
+        for _, _, counts, exits_ in self.regions:
+            seen.update(self.nodes[node][1] for node, _, _ in counts)
+            seen.update(context for context, _, _ in exits_)
+            hypervisors.update(context for context, reason, _ in exits_ if 18 <= reason <= 27 or reason in (50, 53))
+        guests = range(1, len(self.contexts))
+        offsets = sorted({self.contexts[n] for n in guests if depth or n in seen}, reverse=True)
+        if not offsets:
+            return {0: 0}
+        last = {n for n in seen if n and self.contexts[n] == offsets[-1]}
+        split = bool(last & hypervisors and last - hypervisors)
+        if depth:
+            offsets = offsets[-max(1, depth - split):]
+        found = {0: 0}
+        for n in guests:
+            if self.contexts[n] in offsets:
+                level = offsets.index(self.contexts[n]) + 1
+                if split and level == len(offsets) and n not in hypervisors:
+                    level += 1
+                found[n] = level
+        return found
 
 
 class Resolver:
@@ -210,6 +232,8 @@ def tables(args, levels):
         table = found.setdefault(level, [])
         if level == deepest and payload and os.path.exists(payload):
             table.append(Symbols().elf(payload))
+        if payload and level == deepest - 1 and os.path.exists(payload):
+            table.append(Symbols().elf(payload))    # the payload is the innermost hypervisor and its guest
         if guest and level < deepest and os.path.exists(os.path.join(guest, "System.map")):
             table.append(Symbols().map(os.path.join(guest, "System.map")))
             for module, where in sections.get(level, sections.get(1, {})).items():

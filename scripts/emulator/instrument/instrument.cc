@@ -9,7 +9,9 @@
 // Contexts. VMX root mode is L0. In non-root mode the guests of a nested stack are told apart
 // by the TSC offset of the current VMCS: every level adds the (negative) offset of its own
 // start, so it differs between levels, does not change while a guest lives, and sorts them by
-// depth. Their kernels cannot be told apart by addresses, being the same image.
+// depth. Their kernels cannot be told apart by addresses, being the same image. A guest whose hypervisor
+// does not set an offset shares its hypervisor's; so the VMCS and the EPT pointer count as well, and the
+// symbolizer puts together again what belongs to one level.
 //
 // Stacks. A call is remembered with the stack pointer behind it. It is over when the stack pointer
 // rises above that, whichever way (return, longjmp, a stack left behind), so nothing has to
@@ -50,7 +52,8 @@ typedef std::vector<Frame> Stack;
 
 struct Context {
   Bit64s offset = 0;  // TSC offset; 0 for L0
-  Bit64u eptp = 0;    // the last one seen
+  Bit64u vmcs = 0;    // address of the VMCS
+  Bit64u eptp = 0;
   Bit64u entered = 0; // times switched to
   int root = -1;      // its node
   std::unordered_map<Bit64u, Stack> stacks;
@@ -93,6 +96,7 @@ struct Cpu {
   int context = 0;
   bool guest = false;
   Bit64s offset = 0;
+  Bit64u vmcs = 0, eptp = 0;
   Bit64u key = 0;
   Stack *stack = NULL;
   bool event = false;    // the next instruction is the first of a handler
@@ -143,18 +147,21 @@ void locate(unsigned cpu, Cpu &c, Bit64u rsp)
   BX_CPU_C *p = BX_CPU(cpu);
   bool guest = p->in_vmx_guest;
   bool moved = false;
-  if (guest != c.guest || (guest && p->tsc_offset != c.offset)) {
+  if (guest != c.guest || (guest && (p->tsc_offset != c.offset || p->vmcsptr != c.vmcs || p->vmcs.eptptr != c.eptp))) {
     c.guest = guest;
     c.offset = p->tsc_offset;
+    c.vmcs = p->vmcsptr;
+    c.eptp = p->vmcs.eptptr;
     c.context = 0;
     if (guest) {
       size_t n = 1;
-      while (n < contexts.size() && contexts[n].offset != c.offset) n++;
+      while (n < contexts.size() && (contexts[n].offset != c.offset || contexts[n].vmcs != c.vmcs || contexts[n].eptp != c.eptp)) n++;
       if (n == contexts.size()) {
         contexts.push_back(Context());
         contexts[n].offset = c.offset;
+        contexts[n].vmcs = c.vmcs;
+        contexts[n].eptp = c.eptp;
       }
-      contexts[n].eptp = p->vmcs.eptptr;
       c.context = n;
     }
     contexts[c.context].entered++;
@@ -193,7 +200,7 @@ void write_profile()
   if (! f) { perror(path); return; }
   fprintf(f, "matryoshka-profile 1\n");
   for (size_t n = 0; n < contexts.size(); n++)
-    fprintf(f, "context %zu %lld %llx %llu\n", n, (long long) contexts[n].offset,
+    fprintf(f, "context %zu %lld %llx %llx %llu\n", n, (long long) contexts[n].offset, (unsigned long long) contexts[n].vmcs,
       (unsigned long long) contexts[n].eptp, (unsigned long long) contexts[n].entered);
   for (size_t n = 0; n < nodes.size(); n++)
     fprintf(f, "node %zu %d %d %llx %llx\n", n, nodes[n].parent, nodes[n].context,
