@@ -71,7 +71,7 @@ class Profile:
         for _, _, counts, exits_ in self.regions:
             seen.update(self.nodes[node][1] for node, _, _ in counts)
             seen.update(context for context, _, _ in exits_)
-            hypervisors.update(context for context, reason, _ in exits_ if 18 <= reason <= 27 or reason in (50, 53))
+            hypervisors.update(context for context, reason, _ in exits_ if 19 <= reason <= 27 or reason in (50, 53))
         guests = range(1, len(self.contexts))
         offsets = sorted({self.contexts[n] for n in guests if depth or n in seen}, reverse=True)
         if not offsets:
