@@ -95,9 +95,10 @@ mod tests {
         assert_eq!(info.arg("ops"), Some("cpuid:60"));
         assert_eq!(info.arg("tests"), Some("all"));
         assert_eq!(info.arg("op"), None);
+        assert_eq!(info.touch_base, ports::TOUCH_BASE);
         let info = PayloadInfo::new(2, 0, 0, "ops=cpuid:60;tests=all").unwrap();
         assert_eq!(info.arg("tests"), Some("all"));
-        assert_eq!(info.touch_base, ports::TOUCH_BASE);
+        assert_eq!(info.touch_base, 0);
         assert_eq!(&info.as_bytes()[..8], b"MTKINFO1");
     }
 
