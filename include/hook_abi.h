@@ -11,11 +11,14 @@
 #define MTK_HOOK_ENUM(id, mod, sym, nargs) MTK_HOOK_##id,
 enum mtk_hook_id { MTK_HOOKS(MTK_HOOK_ENUM) MTK_HOOK_COUNT };
 
+#define MTK_CALL_ENUM(id, mod, sym, nargs) MTK_CALL_##id,
+enum mtk_call_id { MTK_CALLS(MTK_CALL_ENUM) MTK_CALL_COUNT };
+
 /**
- * struct mtk_hook_entry - one line of the table, as trampoline.S lays it out
+ * struct mtk_hook_entry - one line of either table, as trampoline.S lays it out
  * @module: name of the module that holds the function
  * @symbol: name of the function
- * @trampoline: address that ftrace calls
+ * @trampoline: address that ftrace calls; 0 for a function that is only called
  * @nargs: how many arguments the function takes
  */
 struct mtk_hook_entry {
@@ -26,6 +29,7 @@ struct mtk_hook_entry {
 };
 
 extern const struct mtk_hook_entry mtk_hook_table[];
+extern const struct mtk_hook_entry mtk_call_table[];
 
 /**
  * mtk_call_stock() - run the stock function past its ftrace call site

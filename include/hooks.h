@@ -22,4 +22,21 @@
 	HOOK(guest_state_valid, kvm_intel, __vmx_guest_state_valid, 1)	\
 	HOOK(free_vcpu, kvm_intel, nested_vmx_free_vcpu, 1)		\
 	HOOK(vcpu_ioctl, kvm, kvm_arch_vcpu_ioctl, 3)			\
-	HOOK(handle_exit, kvm_intel, vmx_handle_exit, 2)
+	HOOK(handle_exit, kvm_intel, vmx_handle_exit, 2)		\
+	HOOK(handle_vmread, kvm_intel, handle_vmread, 1)		\
+	HOOK(handle_vmwrite, kvm_intel, handle_vmwrite, 1)		\
+	HOOK(copy_shadow, kvm_intel, copy_shadow_to_vmcs12, 1)		\
+	HOOK(sync_shadow, kvm_intel, nested_sync_vmcs12_to_shadow, 1)	\
+	HOOK(enter_guest, kvm_intel, vmx_prepare_switch_to_guest, 1)
+
+/*
+ * KVM functions that Matryoshka calls and does not hook: CALL(id, module, symbol, nargs), with the
+ * same checks. Each is reached by a return, never by an indirect call (IBT).
+ */
+#define MTK_CALLS(CALL)							\
+	CALL(vcpu_load, kvm, vcpu_load, 1)				\
+	CALL(vcpu_put, kvm, vcpu_put, 1)				\
+	CALL(wake_up, kvm, kvm_vcpu_wake_up, 1)				\
+	CALL(load_vmcs, kvm_intel, vmx_vcpu_load_vmcs, 2)		\
+	CALL(sync_rare, kvm_intel, sync_vmcs02_to_vmcs12_rare, 2)	\
+	CALL(field_offset, kvm_intel, get_vmcs12_field_offset, 1)

@@ -5,7 +5,7 @@
 
 use crate::{
     bindings,
-    hook::{self, AttachError, Attached, HookId},
+    hook::{self, AttachError, Attached, Function, HookId},
     layout,
     path::{self, checks, exits},
     policy::mode::Mode,
@@ -15,25 +15,28 @@ use core::fmt;
 use kernel::prelude::*;
 
 /// Why a path cannot work on this kernel.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 pub(crate) enum Trouble {
     /// The function is missing or the compiler changed its arguments.
-    Prototype(HookId),
+    Prototype(Function),
     /// The hook could not be attached.
     Attach(HookId, AttachError),
+}
+
+fn missing(f: &mut fmt::Formatter<'_>, function: Function) -> fmt::Result {
+    let name = function.symbol().to_str().unwrap_or("?");
+    write!(
+        f,
+        "{name} is missing here or the compiler changed its arguments"
+    )
 }
 
 impl fmt::Display for Trouble {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = |id: HookId| id.symbol().to_str().unwrap_or("?");
         match *self {
-            Trouble::Prototype(id) | Trouble::Attach(id, AttachError::NoSymbol) => {
-                write!(
-                    f,
-                    "{} is missing here or the compiler changed its arguments",
-                    name(id)
-                )
-            }
+            Trouble::Prototype(function) => missing(f, function),
+            Trouble::Attach(id, AttachError::NoSymbol) => missing(f, id.function()),
             Trouble::Attach(id, AttachError::Busy) => write!(
                 f,
                 "{} already has another direct call (BPF fentry/fexit or another module)",
@@ -162,8 +165,15 @@ impl Control {
     /// Makes hooks and modes what they should be. Off comes first and on comes last, so that no
     /// handler ever finds a mode without the hooks that keep its state honest.
     fn apply(&mut self) {
-        for n in (0..path::COUNT).filter(|&n| self.effective(n) == Mode::Off) {
+        for (n, p) in path::PATHS.iter().enumerate() {
+            if self.effective(n) != Mode::Off {
+                continue;
+            }
+            let was = path::mode(n);
             path::set_mode(n, Mode::Off);
+            if let Some(drain) = p.drain.filter(|_| was != Mode::Off) {
+                drain();
+            }
         }
         self.detach_unneeded();
 
@@ -203,10 +213,12 @@ impl Control {
         match layout::check(fault) {
             Ok(prototypes) => {
                 for (n, p) in path::PATHS.iter().enumerate() {
-                    let bad = p.all_hooks().find(|&id| {
-                        let mut all = HookId::all().zip(prototypes);
-                        !all.any(|(other, ok)| other == id && ok)
-                    });
+                    let hook = p
+                        .all_hooks()
+                        .find(|&id| !prototypes.fits(id))
+                        .map(|id| id.function());
+                    let call = p.calls.iter().find(|&&id| !prototypes.can_call(id));
+                    let bad = hook.or(call.map(|id| id.function()));
                     if let Some(t) = self.trouble.get_mut(n) {
                         *t = bad.map(Trouble::Prototype);
                     }
@@ -266,6 +278,8 @@ pub(crate) fn shut_down() {
     control.wanted = [Mode::Off; path::COUNT];
     control.accounting = false;
     control.apply();
+    drop(control);
+    hook::settle();
 }
 
 /// EOPNOTSUPP, which the kernel crate of 7.2 has no name for.
@@ -357,8 +371,7 @@ pub(crate) fn describe_hooks(out: &mut dyn fmt::Write) -> fmt::Result {
     for id in HookId::all() {
         let prototype = match &control.target {
             Target::Ready(p) => {
-                let mut all = HookId::all().zip(p);
-                if all.any(|(other, ok)| other == id && *ok) {
+                if p.fits(id) {
                     "known"
                 } else {
                     "unfit"
@@ -369,7 +382,7 @@ pub(crate) fn describe_hooks(out: &mut dyn fmt::Write) -> fmt::Result {
         writeln!(
             out,
             "{} {} {} {} {} {:#x}",
-            id.module().to_str().unwrap_or("?"),
+            id.function().module().to_str().unwrap_or("?"),
             id.symbol().to_str().unwrap_or("?"),
             prototype,
             match (control.is_attached(id), id.livepatched()) {

@@ -3,7 +3,9 @@
 //! against are compared with the BTF of the running kernel and of the loaded KVM modules.
 
 use crate::{
-    bindings, hook, kfile,
+    bindings,
+    hook::{self, CallId, Function, HookId},
+    kfile,
     policy::btf::{Blob, Btf},
 };
 use core::mem::{offset_of, size_of};
@@ -29,7 +31,12 @@ macro_rules! expect {
 static EXPECTED: &[Expected] = &expect! {
     vcpu_vmx { vcpu, vt, rflags, vmcs01, loaded_vmcs, rmode, segment_cache, nested }
     vcpu_vt { exit_reason }
-    nested_vmx { current_vmptr, cached_vmcs12, vmcs02, dirty_vmcs12, msrs }
+    nested_vmx {
+        current_vmptr, cached_vmcs12, need_vmcs12_to_shadow_sync, dirty_vmcs12,
+        need_sync_vmcs02_to_vmcs12_rare, vmcs02, msrs,
+    }
+    nested_vmx_msrs { misc_low, secondary_ctls_high }
+    loaded_vmcs { vmcs, shadow_vmcs, cpu }
     vmcs12 {
         io_bitmap_a, vmcs_link_pointer, cr0_guest_host_mask, guest_cr0, host_cr0,
         pin_based_vm_exec_control, guest_activity_state, virtual_processor_id, host_tr_selector,
@@ -86,7 +93,26 @@ const KVM: &CStr = c_str!("/sys/kernel/btf/kvm");
 const KVM_INTEL: &CStr = c_str!("/sys/kernel/btf/kvm_intel");
 
 /// Which hook points have, in the running kernel, the prototype that the table expects.
-pub(crate) type Prototypes = [bool; hook::COUNT];
+pub(crate) struct Prototypes {
+    hooks: [bool; hook::COUNT],
+    calls: [bool; hook::CALLS],
+}
+
+impl Prototypes {
+    /// Whether the function of this hook point is as expected.
+    pub(crate) fn fits(&self, id: HookId) -> bool {
+        HookId::all()
+            .zip(self.hooks)
+            .any(|(other, ok)| other == id && ok)
+    }
+
+    /// Whether this function, which is only called, is there and as expected.
+    pub(crate) fn can_call(&self, id: CallId) -> bool {
+        CallId::all()
+            .zip(self.calls)
+            .any(|(other, ok)| other == id && ok)
+    }
+}
 
 /// Compares everything. `fault` is for tests: the structure of that number (from 1) is expected 8
 /// bytes larger than it is; 0 for none.
@@ -122,14 +148,23 @@ pub(crate) fn check(fault: usize) -> Result<Prototypes, Mismatch> {
         }
     }
 
-    let mut prototypes = [false; hook::COUNT];
-    for (ok, id) in prototypes.iter_mut().zip(hook::HookId::all()) {
-        let btf = if id.module().to_bytes() == b"kvm" {
+    let fits = |f: Function| {
+        let btf = if f.module().to_bytes() == b"kvm" {
             &kvm
         } else {
             &intel
         };
-        *ok = btf.function_args(id.symbol().to_bytes()) == Some(id.nargs());
+        btf.function_args(f.symbol().to_bytes()) == Some(f.nargs())
+    };
+    let mut prototypes = Prototypes {
+        hooks: [false; hook::COUNT],
+        calls: [false; hook::CALLS],
+    };
+    for (ok, id) in prototypes.hooks.iter_mut().zip(HookId::all()) {
+        *ok = fits(id.function());
+    }
+    for (ok, id) in prototypes.calls.iter_mut().zip(CallId::all()) {
+        *ok = fits(id.function()) && id.resolve();
     }
     Ok(prototypes)
 }

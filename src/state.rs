@@ -23,7 +23,6 @@ const SLOTS: usize = 4096;
 const WINDOW: usize = 8;
 
 /// State of one vCPU.
-#[derive(Default)]
 pub(crate) struct VcpuState {
     /// Only the vCPU's own thread looks at it.
     local: UnsafeCell<path::Local>,
@@ -34,6 +33,12 @@ pub(crate) struct VcpuState {
 // SAFETY: `local` is only reached through `with`, from the thread that holds the vCPU's mutex;
 // `counters` are atomics.
 unsafe impl Sync for VcpuState {}
+
+/// What the state of a new vCPU looks like.
+static TEMPLATE: VcpuState = VcpuState {
+    local: UnsafeCell::new(path::Local::NEW),
+    counters: path::CounterSet::NEW,
+};
 
 struct Slot {
     key: AtomicUsize,
@@ -101,8 +106,16 @@ pub(crate) fn ensure(vcpu: Vcpu, _section: &InFlight) -> bool {
     if find(key).is_some() {
         return true;
     }
-    let Ok(state) = KVBox::new(VcpuState::default(), GFP_KERNEL | __GFP_NOWARN) else {
+    let Ok(state) = KVBox::<VcpuState>::new_uninit(GFP_KERNEL_ACCOUNT | __GFP_NOWARN) else {
         return false;
+    };
+    let state = KVBox::into_raw(state).cast::<VcpuState>();
+    // Copied, not made on the stack, which is deep enough here already.
+    // SAFETY: The box is new and large enough; the template owns nothing, so a copy of its bytes is
+    // a value of its own.
+    let state = unsafe {
+        core::ptr::copy_nonoverlapping(&raw const TEMPLATE, state, 1);
+        KVBox::from_raw(state)
     };
     let mut count = WRITERS.lock();
     let Some(slot) = window(key)
@@ -165,5 +178,20 @@ pub(crate) fn for_each_counters(mut f: impl FnMut(&path::CounterSet)) {
     for slot in TABLE.iter().filter(|s| s.key.load(Ordering::Relaxed) != 0) {
         // SAFETY: The mutex keeps `take` out.
         f(unsafe { &(*slot.state.load(Ordering::Relaxed)).counters });
+    }
+}
+
+/// Calls `f` with every vCPU that has a state; neither state nor vCPU goes while it runs.
+pub(crate) fn for_each_vcpu(mut f: impl FnMut(*mut bindings::kvm_vcpu, &path::CounterSet)) {
+    let _guard = WRITERS.lock();
+    for slot in TABLE.iter() {
+        let key = slot.key.load(Ordering::Relaxed);
+        if key != 0 {
+            // SAFETY: As in `for_each_counters`. The vCPU stays as well: KVM frees it after
+            // nested_vmx_free_vcpu(), whose handler waits for the mutex.
+            f(key as *mut _, unsafe {
+                &(*slot.state.load(Ordering::Relaxed)).counters
+            });
+        }
     }
 }

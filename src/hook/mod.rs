@@ -6,8 +6,8 @@
 //! unregisters it; ftrace waits there for an RCU-tasks grace period, after which no task is
 //! between the patched call and the handler's first instruction, unless it has slept in the
 //! handler. A handler therefore never sleeps outside an [`InFlight`] section, and `detach` waits
-//! for these to drain and for one more grace period, which covers the few instructions from the
-//! end of the section to the trampoline's return.
+//! for these to drain. What is left then are tasks in the few instructions from the end of such a
+//! section to the trampoline's return; [`settle`] waits for them before the module goes.
 //!
 //! A handler runs on the vCPU's own thread with the vCPU's mutex held, so that the vCPU's state is
 //! its own. What it must not do: panic, take a lock that a sysfs writer holds while detaching,
@@ -22,9 +22,108 @@ use kernel::{prelude::*, str::CStr};
 /// How many lines `include/hooks.h` has.
 pub(crate) const COUNT: usize = bindings::mtk_hook_id_MTK_HOOK_COUNT as usize;
 
-/// A line of the table in `include/hooks.h`.
+/// How many functions the module calls without hooking them.
+pub(crate) const CALLS: usize = bindings::mtk_call_id_MTK_CALL_COUNT as usize;
+
+/// A KVM function that one of the tables in `include/hooks.h` names.
+#[derive(Clone, Copy)]
+pub(crate) struct Function(&'static bindings::mtk_hook_entry);
+
+// SAFETY: The entry is read-only data, and so are the strings that it points to.
+unsafe impl Send for Function {}
+// SAFETY: As above.
+unsafe impl Sync for Function {}
+
+impl Function {
+    /// Name of the module that holds the function.
+    pub(crate) fn module(self) -> &'static CStr {
+        // SAFETY: trampoline.S makes this a NUL-terminated string in read-only data.
+        unsafe { CStr::from_char_ptr(self.0.module) }
+    }
+
+    /// Name of the function.
+    pub(crate) fn symbol(self) -> &'static CStr {
+        // SAFETY: As in `module`.
+        unsafe { CStr::from_char_ptr(self.0.symbol) }
+    }
+
+    /// Number of arguments that the function takes.
+    pub(crate) fn nargs(self) -> usize {
+        self.0.nargs as usize
+    }
+}
+
+/// A line of the table of hook points.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct HookId(usize);
+
+/// A line of the table of functions that are only called.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct CallId(usize);
+
+macro_rules! call_ids {
+    ($($name:ident = $id:ident;)*) => {
+        impl CallId {
+            $(
+                #[doc = concat!("The function `", stringify!($id), "`.")]
+                pub(crate) const $name: CallId = CallId(bindings::$id as usize);
+            )*
+        }
+    };
+}
+
+call_ids! {
+    VCPU_LOAD = mtk_call_id_MTK_CALL_vcpu_load;
+    VCPU_PUT = mtk_call_id_MTK_CALL_vcpu_put;
+    WAKE_UP = mtk_call_id_MTK_CALL_wake_up;
+    LOAD_VMCS = mtk_call_id_MTK_CALL_load_vmcs;
+    FIELD_OFFSET = mtk_call_id_MTK_CALL_field_offset;
+    SYNC_RARE = mtk_call_id_MTK_CALL_sync_rare;
+}
+
+static CALL_ADDRESSES: [AtomicUsize; CALLS] = [const { AtomicUsize::new(0) }; CALLS];
+
+impl CallId {
+    /// All functions that are only called, in the table's order.
+    pub(crate) fn all() -> impl Iterator<Item = CallId> {
+        (0..CALLS).map(CallId)
+    }
+
+    /// The function itself.
+    pub(crate) fn function(self) -> Function {
+        // SAFETY: As in `HookId::function`, for the other table.
+        Function(unsafe {
+            &*(&raw const bindings::mtk_call_table)
+                .cast::<bindings::mtk_hook_entry>()
+                .add(self.0)
+        })
+    }
+
+    /// Finds the function in the running kernel, each time kvm_intel has been loaded. `false` if it
+    /// is not there.
+    pub(crate) fn resolve(self) -> bool {
+        let address = resolve::address(self.function());
+        if let Some(a) = CALL_ADDRESSES.get(self.0) {
+            a.store(address.unwrap_or(0), Ordering::Relaxed);
+        }
+        address.is_some()
+    }
+
+    /// Calls the function; `None` if it was not found.
+    ///
+    /// # Safety
+    ///
+    /// As the function itself demands; its module stays loaded meanwhile.
+    pub(crate) unsafe fn call(self, args: [usize; 3]) -> Option<usize> {
+        let address = CALL_ADDRESSES.get(self.0)?.load(Ordering::Relaxed);
+        if address == 0 {
+            return None;
+        }
+        // SAFETY: By this function's contract; the address is the function's start (or just past
+        // its ENDBR), where a return may go as well as a call.
+        Some(unsafe { bindings::mtk_call_stock(address, args[0], args[1], args[2]) })
+    }
+}
 
 macro_rules! hook_ids {
     ($($name:ident = $id:ident;)*) => {
@@ -45,6 +144,11 @@ hook_ids! {
     FREE_VCPU = mtk_hook_id_MTK_HOOK_free_vcpu;
     VCPU_IOCTL = mtk_hook_id_MTK_HOOK_vcpu_ioctl;
     HANDLE_EXIT = mtk_hook_id_MTK_HOOK_handle_exit;
+    HANDLE_VMREAD = mtk_hook_id_MTK_HOOK_handle_vmread;
+    HANDLE_VMWRITE = mtk_hook_id_MTK_HOOK_handle_vmwrite;
+    COPY_SHADOW = mtk_hook_id_MTK_HOOK_copy_shadow;
+    SYNC_SHADOW = mtk_hook_id_MTK_HOOK_sync_shadow;
+    ENTER_GUEST = mtk_hook_id_MTK_HOOK_enter_guest;
 }
 
 impl HookId {
@@ -53,31 +157,24 @@ impl HookId {
         (0..COUNT).map(HookId)
     }
 
-    fn entry(self) -> &'static bindings::mtk_hook_entry {
+    /// The function that is hooked here.
+    pub(crate) fn function(self) -> Function {
         // SAFETY: trampoline.S defines the table with exactly `COUNT` entries in read-only data,
         // and a `HookId` is only made from the enum that the same list generates.
-        unsafe {
+        Function(unsafe {
             &*(&raw const bindings::mtk_hook_table)
                 .cast::<bindings::mtk_hook_entry>()
                 .add(self.0)
-        }
+        })
     }
 
-    /// Name of the module that holds the function.
-    pub(crate) fn module(self) -> &'static CStr {
-        // SAFETY: trampoline.S makes this a NUL-terminated string in read-only data.
-        unsafe { CStr::from_char_ptr(self.entry().module) }
+    fn trampoline(self) -> usize {
+        self.function().0.trampoline
     }
 
     /// Name of the function.
     pub(crate) fn symbol(self) -> &'static CStr {
-        // SAFETY: As in `module`.
-        unsafe { CStr::from_char_ptr(self.entry().symbol) }
-    }
-
-    /// Number of arguments that the function takes.
-    pub(crate) fn nargs(self) -> usize {
-        self.entry().nargs as usize
+        self.function().symbol()
     }
 
     fn hook(self) -> &'static Hook {
@@ -207,7 +304,7 @@ unsafe impl Send for Attached {}
 impl Attached {
     /// Puts the trampoline of `id` on its function.
     pub(crate) fn attach(id: HookId) -> Result<Self, AttachError> {
-        let address = resolve::address(id).ok_or(AttachError::NoSymbol)?;
+        let address = resolve::address(id.function()).ok_or(AttachError::NoSymbol)?;
         let ops = bindings::ftrace_ops {
             ops_func: Some(share_with_livepatch),
             ..Default::default()
@@ -223,7 +320,7 @@ impl Attached {
         if ret == 0 {
             // SAFETY: As above; the trampoline keeps the ABI that ftrace demands of a direct call
             // and lives until `drop` has seen the last task leave it.
-            ret = unsafe { bindings::register_ftrace_direct(&mut *ops, id.entry().trampoline) };
+            ret = unsafe { bindings::register_ftrace_direct(&mut *ops, id.trampoline()) };
         }
         if ret != 0 {
             hook.address.store(0, Ordering::Relaxed);
@@ -250,7 +347,7 @@ impl Drop for Attached {
         let hook = self.id.hook();
         // SAFETY: `attach` registered `ops` with this trampoline.
         let ret = unsafe {
-            bindings::unregister_ftrace_direct(&mut *self.ops, self.id.entry().trampoline, true)
+            bindings::unregister_ftrace_direct(&mut *self.ops, self.id.trampoline(), true)
         };
         if ret != 0 {
             // ftrace turned itself off after a bug elsewhere (-ENODEV). The call site may still
@@ -265,10 +362,15 @@ impl Drop for Attached {
             // SAFETY: Process context without locks that a handler takes.
             unsafe { bindings::msleep(1) };
         }
-        // SAFETY: Process context; may sleep.
-        unsafe { bindings::synchronize_rcu_tasks() };
         hook.address.store(0, Ordering::Relaxed);
     }
+}
+
+/// Waits until no task is in any trampoline, all hooks being off: the last thing before this
+/// module's text is freed.
+pub(crate) fn settle() {
+    // SAFETY: Process context; may sleep.
+    unsafe { bindings::synchronize_rcu_tasks() };
 }
 
 /// ftrace asks here when a livepatch (which changes the continuation) comes to or leaves a function
@@ -287,7 +389,7 @@ unsafe extern "C" fn share_with_livepatch(
     };
     // SAFETY: ftrace passes the ops that `attach` registered; `direct_call` holds our trampoline.
     let trampoline = unsafe { (*ops).direct_call };
-    for id in HookId::all().filter(|id| id.entry().trampoline == trampoline) {
+    for id in HookId::all().filter(|id| id.trampoline() == trampoline) {
         id.hook().bypass.store(bypass, Ordering::Relaxed);
     }
     0

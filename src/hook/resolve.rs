@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Finds the address of a kernel function that is not exported.
 
-use super::HookId;
+use super::Function;
 use crate::bindings;
 use kernel::{prelude::*, str::CString};
 
@@ -10,11 +10,11 @@ use kernel::{prelude::*, str::CString};
 ///
 /// A kprobe that is registered and dropped at once gives the address; `kallsyms_lookup_name` is
 /// not exported. The probe lives for a moment and its handler is never set.
-pub(super) fn address(id: HookId) -> Option<usize> {
+pub(super) fn address(function: Function) -> Option<usize> {
     let name = CString::try_from_fmt(fmt!(
         "{}:{}",
-        id.module().to_str().ok()?,
-        id.symbol().to_str().ok()?
+        function.module().to_str().ok()?,
+        function.symbol().to_str().ok()?
     ))
     .ok()?;
     let probe = bindings::kprobe {

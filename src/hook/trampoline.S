@@ -73,6 +73,10 @@ SYM_FUNC_END(mtk_call_stock)
 	.Lsym_##id: .asciz #sym ASM_NL
 	.section .rodata.str1.1, "aMS", @progbits, 1
 MTK_HOOKS(HOOK_STRINGS)
+#define CALL_STRINGS(id, mod, sym, nargs)				\
+	.Lcall_mod_##id: .asciz #mod ASM_NL				\
+	.Lcall_sym_##id: .asciz #sym ASM_NL
+MTK_CALLS(CALL_STRINGS)
 
 /* struct mtk_hook_entry mtk_hook_table[MTK_HOOK_COUNT] */
 #define HOOK_ENTRY(id, mod, sym, nargs)					\
@@ -82,3 +86,10 @@ MTK_HOOKS(HOOK_STRINGS)
 SYM_DATA_START(mtk_hook_table)
 MTK_HOOKS(HOOK_ENTRY)
 SYM_DATA_END(mtk_hook_table)
+
+/* struct mtk_hook_entry mtk_call_table[MTK_CALL_COUNT] */
+#define CALL_ENTRY(id, mod, sym, nargs)					\
+	.quad .Lcall_mod_##id, .Lcall_sym_##id, 0, nargs ASM_NL
+SYM_DATA_START(mtk_call_table)
+MTK_CALLS(CALL_ENTRY)
+SYM_DATA_END(mtk_call_table)

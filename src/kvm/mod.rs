@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Safe views of KVM's structures, for use inside a hook's handler.
 
+pub(crate) mod fields;
+pub(crate) mod thread;
 pub(crate) mod vcpu;
 pub(crate) mod vmcs12;
 pub(crate) mod vmx;

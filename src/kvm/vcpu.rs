@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 //! KVM's vCPU, as a handler on its own thread sees it.
 
-use super::vmx;
+use super::{vmx, Vmcs12};
 use crate::{
     bindings,
+    hook::CallId,
     policy::segments::{self, Inputs},
 };
 
@@ -107,6 +108,160 @@ impl Vcpu {
         // SAFETY: By the invariants of `Vcpu`; `exit_reason` is a union of plain integers.
         let full: u32 = unsafe { (&raw const (*self.0).vt.exit_reason).cast::<u32>().read() };
         full as u16
+    }
+
+    /// The vCPU's cached vmcs12; `None` while L1 is not in VMX operation.
+    #[inline(always)]
+    pub(crate) fn vmcs12(self) -> Option<Vmcs12> {
+        let ptr = read!(self, nested.cached_vmcs12);
+        // SAFETY: KVM's own pointer, which only this thread changes.
+        (!ptr.is_null()).then(|| unsafe { Vmcs12::from_hook(ptr) })
+    }
+
+    /// Whether KVM's code has vmcs01 current, not vmcs02.
+    #[inline(always)]
+    pub(crate) fn vmcs01_is_loaded(self) -> bool {
+        // SAFETY: Only the address is taken.
+        let vmcs01 = unsafe { &raw const (*self.0).vmcs01 };
+        core::ptr::eq(read!(self, loaded_vmcs), vmcs01)
+    }
+
+    /// Physical address of the VMCS that KVM's code has current.
+    #[inline(always)]
+    pub(crate) fn loaded_vmcs(self) -> u64 {
+        let loaded = read!(self, loaded_vmcs);
+        // SAFETY: KVM's own pointer to one of the vCPU's two `loaded_vmcs`.
+        vmx::physical(unsafe { (*loaded).vmcs }.cast())
+    }
+
+    /// Physical address of vmcs01's shadow VMCS; `None` without VMCS shadowing or outside VMX
+    /// operation.
+    #[inline(always)]
+    pub(crate) fn shadow_vmcs(self) -> Option<u64> {
+        let shadow = read!(self, vmcs01.shadow_vmcs);
+        (!shadow.is_null()).then(|| vmx::physical(shadow.cast()))
+    }
+
+    /// Runs `f` with vmcs01 current, whichever is now.
+    ///
+    /// # Safety
+    ///
+    /// Preemption is off and the vCPU is loaded on this CPU.
+    pub(crate) unsafe fn with_vmcs01<R>(self, f: impl FnOnce() -> R) -> Option<R> {
+        // SAFETY: Only addresses are taken.
+        let vmcs01 = unsafe { &raw mut (*self.0).vmcs01 };
+        // SAFETY: By this function's contract.
+        unsafe { self.with_vmcs(vmcs01, f) }
+    }
+
+    /// What `copy_vmcs02_to_vmcs12_rare()` does: brings the guest state that KVM left in vmcs02
+    /// (class `Late` of the field table) into vmcs12. `false` if it could not be done.
+    ///
+    /// # Safety
+    ///
+    /// Preemption is off, the vCPU is loaded on this CPU with vmcs01, as in KVM's function.
+    pub(crate) unsafe fn fetch_late_fields(self) -> bool {
+        if !read!(self, nested.need_sync_vmcs02_to_vmcs12_rare) {
+            return true;
+        }
+        // SAFETY: Only an address is taken.
+        let vmcs02 = unsafe { &raw mut (*self.0).nested.vmcs02 };
+        let vmcs12 = read!(self, nested.cached_vmcs12);
+        let call = || {
+            // SAFETY: vmcs02 is current and the arguments are KVM's own.
+            unsafe { CallId::SYNC_RARE.call([self.0 as usize, vmcs12 as usize, 0]) }
+        };
+        // SAFETY: By this function's contract.
+        unsafe { self.with_vmcs(vmcs02, call) }.flatten().is_some()
+    }
+
+    /// Makes one of the vCPU's VMCSs current the way KVM does where it needs the other one for a
+    /// moment, runs `f`, and goes back.
+    ///
+    /// # Safety
+    ///
+    /// Preemption is off, the vCPU is loaded on this CPU, and `vmcs` is one of its two.
+    unsafe fn with_vmcs<R>(
+        self,
+        vmcs: *mut bindings::loaded_vmcs,
+        f: impl FnOnce() -> R,
+    ) -> Option<R> {
+        let was = read!(self, loaded_vmcs);
+        if core::ptr::eq(was, vmcs) {
+            return Some(f());
+        }
+        // SAFETY: `was` is the VMCS that is loaded on this very CPU.
+        let cpu = unsafe { (*was).cpu };
+        let load = |vmcs| {
+            // SAFETY: By this function's contract; only this thread changes `loaded_vmcs`.
+            unsafe {
+                (&raw mut (*self.0).loaded_vmcs).write(vmcs);
+                CallId::LOAD_VMCS.call([self.0 as usize, cpu as usize, 0])
+            }
+        };
+        if load(vmcs).is_none() {
+            // Not found: nothing was loaded, so the old one is still current.
+            // SAFETY: As above.
+            unsafe { (&raw mut (*self.0).loaded_vmcs).write(was) };
+            return None;
+        }
+        let result = f();
+        load(was);
+        Some(result)
+    }
+
+    /// `vmx->nested.dirty_vmcs12 = true`: L1 has changed a field that only a full preparation of
+    /// vmcs02 looks at.
+    pub(crate) fn mark_vmcs12_dirty(self) {
+        // SAFETY: By the invariants of `Vcpu`.
+        unsafe { (&raw mut (*self.0).nested.dirty_vmcs12).write(true) };
+    }
+
+    /// Whether vmcs12 is to be copied to the shadow VMCS before L1 runs again, so that vmcs12 and
+    /// not the shadow VMCS is up to date.
+    pub(crate) fn vmcs12_is_newer(self) -> bool {
+        read!(self, nested.need_vmcs12_to_shadow_sync)
+    }
+
+    /// Sets what `vmcs12_is_newer` tells.
+    pub(crate) fn set_vmcs12_newer(self, newer: bool) {
+        // SAFETY: By the invariants of `Vcpu`.
+        unsafe { (&raw mut (*self.0).nested.need_vmcs12_to_shadow_sync).write(newer) };
+    }
+
+    /// `nested_cpu_has_vmwrite_any_field()`: L1 may VMWRITE exit information (IA32_VMX_MISC bit 29).
+    pub(crate) fn may_write_any_field(self) -> bool {
+        const VMWRITE_ANY_FIELD: u32 = 1 << 29;
+        read!(self, nested.msrs.misc_low) & VMWRITE_ANY_FIELD != 0
+    }
+
+    /// Whether L1 uses Hyper-V's enlightened VMCS right now.
+    pub(crate) fn evmcs_is_mapped(self) -> bool {
+        #[cfg(CONFIG_KVM_HYPERV)]
+        {
+            // evmptr_is_valid(): neither EVMPTR_INVALID (-1) nor EVMPTR_MAP_PENDING (-2).
+            read!(self, nested.hv_evmcs_vmptr) < u64::MAX - 1
+        }
+        #[cfg(not(CONFIG_KVM_HYPERV))]
+        {
+            false
+        }
+    }
+
+    /// A general-purpose register of the guest. `None` for RSP, which KVM may not have read yet.
+    #[inline(always)]
+    pub(crate) fn gpr(self, number: usize) -> Option<u64> {
+        const RSP: usize = 4;
+        if number == RSP || number >= 16 {
+            return None;
+        }
+        Some(read!(self, vcpu.arch.regs[number]) as u64)
+    }
+
+    /// `vcpu->mutex`, which a thread holds for each ioctl.
+    pub(crate) fn mutex(vcpu: *mut bindings::kvm_vcpu) -> *mut bindings::mutex {
+        // SAFETY: Only an address is taken.
+        unsafe { &raw mut (*vcpu).mutex }
     }
 
     fn register_is_available(self, reg: u32) -> bool {

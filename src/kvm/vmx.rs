@@ -1,10 +1,97 @@
 // SPDX-License-Identifier: GPL-2.0
 //! VMX instructions (SDM volume 3, chapter 31).
 
+use crate::bindings;
 use core::arch::asm;
 
 /// Encoding of the guest's RFLAGS (SDM appendix B.4.3).
 pub(crate) const GUEST_RFLAGS: u64 = 0x6820;
+
+/// Encoding of VMX_INSTRUCTION_INFO (SDM appendix B.3.2).
+pub(crate) const VMX_INSTRUCTION_INFO: u64 = 0x440e;
+/// Encoding of the address of the VMREAD bitmap (SDM appendix B.2.1).
+pub(crate) const VMREAD_BITMAP: u64 = 0x2026;
+/// Encoding of the address of the VMWRITE bitmap (SDM appendix B.2.1).
+pub(crate) const VMWRITE_BITMAP: u64 = 0x2028;
+
+/// Physical address of something in the kernel's direct map (`__pa()`).
+pub(crate) fn physical(ptr: *const core::ffi::c_void) -> u64 {
+    // SAFETY: Set early in boot and constant since.
+    let base = unsafe { bindings::page_offset_base };
+    (ptr as u64).wrapping_sub(base as u64)
+}
+
+/// The other way round (`__va()`).
+pub(crate) fn virtual_address(physical: u64) -> *mut u8 {
+    // SAFETY: As above.
+    let base = unsafe { bindings::page_offset_base };
+    physical.wrapping_add(base as u64) as *mut u8
+}
+
+/// VMWRITE to the current VMCS; `false` on VMfail.
+///
+/// # Safety
+///
+/// As for [`vmread`], and the value is one that KVM's own code could write there.
+#[inline(always)]
+pub(crate) unsafe fn vmwrite(field: u64, value: u64) -> bool {
+    let failed: u8;
+    // SAFETY: By this function's contract VMWRITE does not fault; it changes RFLAGS and the VMCS.
+    unsafe {
+        asm!(
+            "vmwrite {field}, {value}",
+            "setbe {failed}",
+            field = in(reg) field,
+            value = in(reg) value,
+            failed = out(reg_byte) failed,
+            options(nostack),
+        );
+    }
+    failed == 0
+}
+
+/// VMPTRLD of the VMCS at a physical address; `false` on VMfail.
+///
+/// # Safety
+///
+/// As for [`vmread`]; preemption is off, and the VMCS that KVM believes current is loaded again
+/// before it is back on.
+#[inline(always)]
+pub(crate) unsafe fn vmptrld(physical: u64) -> bool {
+    let failed: u8;
+    // SAFETY: By this function's contract.
+    unsafe {
+        asm!(
+            "vmptrld qword ptr [{p}]",
+            "setbe {failed}",
+            p = in(reg) &physical,
+            failed = out(reg_byte) failed,
+            options(nostack),
+        );
+    }
+    failed == 0
+}
+
+/// VMCLEAR of the VMCS at a physical address; `false` on VMfail.
+///
+/// # Safety
+///
+/// As for [`vmptrld`].
+#[inline(always)]
+pub(crate) unsafe fn vmclear(physical: u64) -> bool {
+    let failed: u8;
+    // SAFETY: By this function's contract.
+    unsafe {
+        asm!(
+            "vmclear qword ptr [{p}]",
+            "setbe {failed}",
+            p = in(reg) &physical,
+            failed = out(reg_byte) failed,
+            options(nostack),
+        );
+    }
+    failed == 0
+}
 
 /// VMREAD of the current VMCS. `None` on VMfail: no current VMCS, or no such field.
 ///

@@ -44,6 +44,8 @@ pub(super) const PATH: Path = Path {
         HookId::CHECK_GUEST_STATE,
         HookId::GUEST_STATE_VALID,
     ],
+    calls: &[],
+    drain: None,
     reasons: &[
         "no_state", "no_vmptr", "new", "changed", "unusual", "failed",
     ],
@@ -201,7 +203,6 @@ inputs! {
 }
 
 /// What is remembered for one vmcs12: the inputs with which each check last passed.
-#[derive(Default)]
 pub(crate) struct Remembered {
     controls: Option<Controls>,
     host_state: Option<HostState>,
@@ -209,11 +210,27 @@ pub(crate) struct Remembered {
     segments: Option<SegmentInputs>,
 }
 
+impl Remembered {
+    const NEW: Remembered = Remembered {
+        controls: None,
+        host_state: None,
+        guest_state: None,
+        segments: None,
+    };
+}
+
+impl Default for Remembered {
+    fn default() -> Self {
+        Self::NEW
+    }
+}
+
 /// What is remembered for one vCPU.
-#[derive(Default)]
 pub(crate) struct Memory(Ways<Remembered, WAYS>);
 
 impl Memory {
+    pub(crate) const NEW: Memory = Memory(Ways::new([const { Remembered::NEW }; WAYS]));
+
     /// Forgets everything.
     pub(crate) fn clear(&mut self) {
         self.0.clear();

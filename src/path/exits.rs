@@ -20,6 +20,8 @@ pub(crate) const ACCOUNTING: Path = Path {
     name: c_str!("exits"),
     about: c_str!("exits into L0 by level and reason"),
     hooks: &[HookId::HANDLE_EXIT],
+    calls: &[],
+    drain: None,
     reasons: &[],
 };
 

@@ -7,8 +7,12 @@
 
 pub(crate) mod checks;
 pub(crate) mod exits;
+pub(crate) mod fields;
 
-use crate::{hook::HookId, policy::mode::Mode};
+use crate::{
+    hook::{CallId, HookId},
+    policy::mode::Mode,
+};
 use core::sync::atomic::{AtomicU64, AtomicU8, Ordering};
 use kernel::{prelude::*, str::CStr};
 
@@ -25,6 +29,11 @@ pub(crate) struct Path {
     pub(crate) about: &'static CStr,
     /// Hook points that it needs, beside [`COMMON_HOOKS`].
     pub(crate) hooks: &'static [HookId],
+    /// KVM functions that it calls.
+    pub(crate) calls: &'static [CallId],
+    /// Called when the path has been switched off and its hooks are still on: gives every vCPU back
+    /// to the stock code, and returns when all are.
+    pub(crate) drain: Option<fn()>,
     /// Names of its fallback reasons, in the order of its own `Reason` numbers.
     pub(crate) reasons: &'static [&'static str],
 }
@@ -37,7 +46,7 @@ impl Path {
 }
 
 /// All paths; a path's number is its place here.
-pub(crate) static PATHS: &[Path] = &[checks::PATH];
+pub(crate) static PATHS: &[Path] = &[checks::PATH, fields::PATH];
 
 /// Hooks that keep per-vCPU state honest; attached whenever any path is not off, before the path's
 /// own and detached after them.
@@ -137,14 +146,22 @@ impl Counters {
 }
 
 /// Counters of all paths for one vCPU.
-#[derive(Default)]
 pub(crate) struct CounterSet {
     paths: [Counters; COUNT],
     /// Exit accounting.
     pub(crate) exits: exits::Exits,
+    /// What a thread that withdraws the path `fields` must know about the vCPU.
+    pub(crate) fields: fields::Shared,
 }
 
 impl CounterSet {
+    /// All zero.
+    pub(crate) const NEW: CounterSet = CounterSet {
+        paths: [const { Counters::new() }; COUNT],
+        exits: exits::Exits::new(),
+        fields: fields::Shared::NEW,
+    };
+
     /// The counters of the path of this number, which must be one of [`PATHS`].
     #[inline(always)]
     pub(crate) fn path<const N: usize>(&self) -> &Counters {
@@ -159,10 +176,7 @@ impl CounterSet {
 }
 
 /// What vCPUs that are gone counted, and calls for which no state could be made.
-static RETIRED: CounterSet = CounterSet {
-    paths: [const { Counters::new() }; COUNT],
-    exits: exits::Exits::new(),
-};
+static RETIRED: CounterSet = CounterSet::NEW;
 
 /// Keeps the counts of a vCPU that goes away.
 pub(crate) fn retire(counters: &CounterSet) {
@@ -202,12 +216,18 @@ pub(crate) fn count_stateless(path: usize, reason: usize) {
 }
 
 /// What each path remembers about a vCPU; touched only by the vCPU's thread.
-#[derive(Default)]
 pub(crate) struct Local {
     pub(crate) checks: checks::Memory,
+    pub(crate) fields: fields::Memory,
 }
 
 impl Local {
+    /// Nothing yet.
+    pub(crate) const NEW: Local = Local {
+        checks: checks::Memory::NEW,
+        fields: fields::Memory::NEW,
+    };
+
     /// Forgets everything that was concluded from the vCPU's configuration.
     pub(crate) fn invalidate(&mut self) {
         self.checks.clear();

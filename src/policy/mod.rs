@@ -3,6 +3,7 @@
 //! (`rust/policy`) for unit, property and fuzz tests.
 
 pub mod btf;
+pub mod learn;
 pub mod mode;
 pub mod segments;
 pub mod ways;

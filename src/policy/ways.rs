@@ -23,10 +23,17 @@ pub struct Ways<T, const N: usize> {
 
 impl<T: Default, const N: usize> Default for Ways<T, N> {
     fn default() -> Self {
+        Self::new(core::array::from_fn(|_| T::default()))
+    }
+}
+
+impl<T, const N: usize> Ways<T, N> {
+    /// Nothing remembered; `values` is what the slots hold until they are first used.
+    pub const fn new(values: [T; N]) -> Self {
         Self {
             keys: [NO_KEY; N],
             stamps: [0; N],
-            values: core::array::from_fn(|_| T::default()),
+            values,
             clock: 0,
             last: 0,
         }
@@ -89,7 +96,7 @@ impl<T: Default, const N: usize> Ways<T, N> {
 
     /// Forgets everything.
     pub fn clear(&mut self) {
-        *self = Self::default();
+        self.keys = [NO_KEY; N];
     }
 }
 
