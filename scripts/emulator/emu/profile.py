@@ -3,7 +3,6 @@
 
 import argparse
 import collections
-import glob
 import os
 import shlex
 import shutil
@@ -11,7 +10,7 @@ import subprocess
 import sys
 
 from . import __main__ as emu
-from .symbols import Symbols, module_sections
+from .symbols import Symbols
 
 HELP = """\
 examples:
@@ -27,6 +26,9 @@ speedscope), profile.txt (what is printed). Level is the outermost frame: L0 the
 # Frames that are how the compiler and the mitigations call, not what is called.
 PLUMBING = ("__x86_indirect_thunk", "__x86_return_thunk", "srso_", "retbleed_", "__x86_indirect_call_thunk", "__x86_indirect_jump_thunk",
             "entry_untrain", "its_return_thunk")
+
+
+MODULES = 0xFFFFFFFFA0000000    # where the kernel puts modules
 
 
 class Profile:
@@ -111,12 +113,9 @@ class Resolver:
                 return found[1]
         if address < 1 << 47:
             return "[user]"
-        if address >= 0xFFFFFFFFA0000000:
+        if address >= MODULES:
             return f"[module {address & ~0xFFF:x}]"
         return f"[{address & ~0xFFF:x}]"
-
-
-EVENTS = {2: "NMI", 3: "INT3", 6: "#UD", 7: "#NM", 13: "#GP", 14: "#PF"}
 
 
 def fold(profile, regions, levels, resolver):
@@ -204,6 +203,12 @@ def report(stacks, left, times, median, total, out):
         for (level, name), count in table.most_common(40):
             print(f"  {count / unit:>12,.0f}  {count * 100 / everything:5.1f} %  {level}  {name}", file=out)
 
+    for level in sorted(by_level)[1:]:
+        print(f"\n{level}, top functions by own instructions", file=out)
+        mine = collections.Counter({name: count for (of, name), count in own.items() if of == level})
+        for name, count in mine.most_common(12):
+            print(f"  {count / unit:>12,.0f}  {count * 100 / by_level[level]:5.1f} % of {level}  {name}", file=out)
+
     print("\ntree (from 0.5 % up)", file=out)
 
     def show(node, depth):
@@ -216,7 +221,7 @@ def report(stacks, left, times, median, total, out):
     show(tree, 0)
 
 
-def tables(args, levels):
+def tables(args, profile, levels):
     """Symbol tables for each level, from what was captured and what the lab has."""
     found = {0: []}
     kallsyms = os.path.join(args.out, "kallsyms")
@@ -227,7 +232,8 @@ def tables(args, levels):
         paths = emu.lab_paths(args)
     deepest = max(levels.values())
     guest, payload = paths.get("GUEST", ""), paths.get("PAYLOAD", "")
-    sections = module_sections(os.path.join(args.out, "output.log")) if os.path.exists(os.path.join(args.out, "output.log")) else {}
+    modules = [os.path.join(root, name) for root, _, names in os.walk(paths.get("GUEST_MODULES") or "/nonexistent") for name in names
+               if name.endswith(".ko")] + [paths[name] for name in ("GUEST_MODULE",) if os.path.exists(paths.get(name, ""))]
     for level in range(1, deepest + 1):
         table = found.setdefault(level, [])
         if level == deepest and payload and os.path.exists(payload):
@@ -236,11 +242,11 @@ def tables(args, levels):
             table.append(Symbols().elf(payload))    # the payload is the innermost hypervisor and its guest
         if guest and level < deepest and os.path.exists(os.path.join(guest, "System.map")):
             table.append(Symbols().map(os.path.join(guest, "System.map")))
-            for module, where in sections.get(level, sections.get(1, {})).items():
-                for path in glob.glob(os.path.join(guest, "**", module.replace("_", "[-_]") + ".ko"), recursive=True) + \
-                        [p for p in [paths.get("GUEST_MODULE", "")] if os.path.basename(p) == module + ".ko"]:
-                    table.append(Symbols().elf(path, where))
-                    break
+            targets = {target for _, context, target, _ in profile.nodes if levels.get(context) == level and target >= MODULES}
+            loaded = Symbols()
+            for path in modules:
+                loaded.module(path, targets)
+            table.insert(0, loaded)
     if paths.get("TOOL") and os.path.exists(paths["TOOL"]):
         user = Symbols().elf(paths["TOOL"])
         for level in range(0, deepest):
@@ -318,7 +324,7 @@ def main():
     profile = Profile(path)
     median, total, regions = profile.typical()
     levels = profile.levels(args.depth)
-    stacks = fold(profile, regions, levels, Resolver(tables(args, levels)))
+    stacks = fold(profile, regions, levels, Resolver(tables(args, profile, levels)))
     with open(os.path.join(args.out, "profile.folded"), "w", encoding="utf-8") as f:
         for frames, count in sorted(stacks.items()):
             f.write(f"{';'.join(frames)} {count}\n")
