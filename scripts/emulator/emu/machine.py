@@ -163,7 +163,7 @@ class Machine:
         for name in ("bochs.log", "stderr"):
             try:
                 with open(os.path.join(self.directory, name), encoding="utf-8", errors="replace") as f:
-                    lines += [line.rstrip() for line in f if line.strip()]
+                    lines += [line.rstrip() for line in f if line.strip() and not line.startswith("MTK-STATUS")]
             except FileNotFoundError:
                 pass
         return lines[-count:]
