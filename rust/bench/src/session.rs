@@ -154,8 +154,8 @@ pub fn ended_well(level: u32, exit: &Exit) -> Result<(), Failure> {
 /// What a boot of a stack costs, as weight for the progress display: measured, in instructions.
 fn boot_weight(level: u32) -> f64 {
     match level {
-        1 => 50e6,
-        _ => 1e9 * 4f64.powi(level as i32 - 2),
+        1 => 20e6,
+        _ => 1.2e9 * 2.5f64.powi(level as i32 - 2),
     }
 }
 
@@ -361,5 +361,71 @@ impl Handler for Profiling {
             Line::Start(op) => eprintln!("profiling {} from L{level}", op.name()),
             _ => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use protocol::Op;
+
+    fn line(config: Config, round: u16) -> String {
+        let row = protocol::Row {
+            op: Op::Cpuid,
+            depth: 2,
+            level: 2,
+            config,
+            round,
+            pattern: None,
+            min: 1,
+            median: 1,
+            max: 1,
+            n: 1,
+            disturbed: 0,
+            worst: 1,
+            exits_milli: Some(1000),
+        };
+        row.to_string()
+    }
+
+    #[test]
+    fn stock_comes_first_and_again_last() {
+        let mut progress = Progress::new(1.0);
+        let configs = [Config::Stock, Config::L0];
+        let mut session = Session::new(2, &configs, 1.0, &mut progress, false);
+        let mut visited = Vec::new();
+        while let Ok(command) = Command::decode(session.next_command()) {
+            let Command::Run { config, round } = command else {
+                break;
+            };
+            visited.push(config);
+            session.console_line(2, &line(config, round));
+            session.console_line(1, &line(config, round));
+        }
+        assert_eq!(visited, [Config::Stock, Config::L0, Config::Stock]);
+        let configs: Vec<_> = session.rows.iter().map(|row| row.config.as_str()).collect();
+        assert_eq!(configs, ["stock", "l0"]);
+        assert_eq!(session.repeated.len(), 1);
+        assert!(session.counted);
+    }
+
+    #[test]
+    fn complaints_are_kept_with_their_place() {
+        let mut progress = Progress::new(1.0);
+        let mut session = Session::new(3, &[Config::L0], 1.0, &mut progress, false);
+        session.next_command();
+        session.take("MTK error cpuid: #UD");
+        assert_eq!(session.errors, ["L3 (l0): cpuid: #UD"]);
+        assert_eq!(Command::decode(session.next_command()), Ok(Command::End));
+    }
+
+    #[test]
+    fn only_a_payload_that_says_so_ended_well() {
+        assert!(ended_well(1, &Exit::Done(0)).is_ok());
+        let Err(Failure(code, why)) = ended_well(2, &Exit::Reset) else {
+            panic!("a reset")
+        };
+        assert_eq!(code, Code::Guest);
+        assert!(why.contains("stack of 2"), "{why}");
     }
 }

@@ -253,9 +253,9 @@ pub fn init() {
     unsafe {
         (*gdt).0[3] = low;
         (*gdt).0[4] = tss >> 32;
-        for vector in 0..VECTORS {
+        for (vector, gate) in (*idt).0.iter_mut().enumerate() {
             let stub = &raw const trap_stubs[vector] as u64;
-            (*idt).0[vector] = [
+            *gate = [
                 stub & 0xffff | (CODE as u64) << 16 | 0x8e00 << 32 | (stub >> 16 & 0xffff) << 48,
                 stub >> 32,
             ];

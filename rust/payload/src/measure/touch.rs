@@ -81,6 +81,12 @@ impl Meter {
             &mut self.order[..pages as usize],
             spec.pattern.unwrap_or(Pattern::Sequential),
         );
+        // As with the other operations, a current VMCS whose child has run.
+        super::ops::start(
+            &self.children[0],
+            Features::default(),
+            &mut Registers::default(),
+        )?;
         let passes = (spec.passes as usize).min(self.samples.len());
         for pass in 0..passes {
             let sample = match spec.op {
