@@ -3,6 +3,7 @@
 //! same files, built for the host so that unit, property and fuzz tests can get at them.
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
+#![allow(clippy::precedence, reason = "as the kernel's own lints do")]
 
 #[path = "../../../src/policy/mod.rs"]
 mod policy;
