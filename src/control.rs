@@ -398,6 +398,10 @@ pub(crate) fn describe_hooks(out: &mut dyn fmt::Write) -> fmt::Result {
 }
 
 /// Called by the kernel when any module comes or goes.
+///
+/// # Safety
+///
+/// Only the module notifier chain calls this, with a `struct module *`.
 unsafe extern "C" fn module_event(
     _nb: *mut bindings::notifier_block,
     event: usize,

@@ -37,7 +37,7 @@ unsafe impl Sync for VcpuState {}
 /// What the state of a new vCPU looks like.
 static TEMPLATE: VcpuState = VcpuState {
     local: UnsafeCell::new(path::Local::NEW),
-    counters: path::CounterSet::NEW,
+    counters: path::CounterSet::new(),
 };
 
 struct Slot {

@@ -141,6 +141,11 @@ fn write_page(kobj: *mut bindings::kobject, kind: Kind, out: &mut Page<'_>) -> f
     }
 }
 
+/// Shows an attribute.
+///
+/// # Safety
+///
+/// Only sysfs calls this, with an attribute of ours and a page to fill.
 unsafe extern "C" fn show(
     kobj: *mut bindings::kobject,
     attr: *mut KobjAttribute,
@@ -156,6 +161,11 @@ unsafe extern "C" fn show(
     page.used as isize
 }
 
+/// Takes what was written to an attribute.
+///
+/// # Safety
+///
+/// Only sysfs calls this, with an attribute of ours and `count` bytes that were written.
 unsafe extern "C" fn store(
     kobj: *mut bindings::kobject,
     attr: *mut KobjAttribute,

@@ -49,7 +49,7 @@ impl Function {
 
     /// Number of arguments that the function takes.
     pub(crate) fn nargs(self) -> usize {
-        self.0.nargs as usize
+        self.0.nargs
     }
 }
 
@@ -376,6 +376,10 @@ pub(crate) fn settle() {
 /// ftrace asks here when a livepatch (which changes the continuation) comes to or leaves a function
 /// that we have a direct call on. We share: the trampoline goes on wherever ftrace says, and
 /// handlers stand back so that every call reaches the patch.
+///
+/// # Safety
+///
+/// Only ftrace calls this, with ops that `attach` registered.
 unsafe extern "C" fn share_with_livepatch(
     ops: *mut bindings::ftrace_ops,
     _ip: usize,

@@ -77,7 +77,7 @@ impl Vcpu {
     /// `vcpu->arch.nested_run_pending != 0`: a VMLAUNCH or VMRESUME of L1 is being carried out.
     #[inline(always)]
     pub(crate) fn nested_run_pending(self) -> bool {
-        read!(self, vcpu.arch.nested_run_pending) as u8 != 0
+        u32::from(read!(self, vcpu.arch.nested_run_pending)) != 0
     }
 
     /// `is_guest_mode()`: an L2 (or deeper) guest runs on this vCPU.

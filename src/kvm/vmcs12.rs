@@ -38,7 +38,7 @@ macro_rules! field {
         let ptr = $vmcs12.as_ptr();
         // SAFETY: By the invariants of `Vmcs12` the pointer is valid for reads; the structure is
         // packed, so the read is made unaligned.
-        unsafe { (&raw const (*ptr).$name).read_unaligned() as u64 }
+        unsafe { u64::from((&raw const (*ptr).$name).read_unaligned()) }
     }};
 }
 pub(crate) use field;

@@ -291,9 +291,9 @@ fn check_slowly<I: Inputs>(
     }
     // Before the stock code reads them: what another thread changes meanwhile then differs later.
     let now = I::capture(vcpu, vmcs12);
+    let args = [vcpu.key(), vmcs12.as_ptr() as usize, third];
     // SAFETY: The continuation and the arguments of the hooked function, in its handler.
-    let ret =
-        unsafe { section.call_stock(cont, [vcpu.key(), vmcs12.as_ptr() as usize, third]) } as i32;
+    let ret = unsafe { section.call_stock(cont, args) } as i32;
 
     let key = vcpu.current_vmptr();
     state::with(vcpu, |local, counters| {
@@ -452,7 +452,7 @@ fn valid_slowly(
     if counted.is_none() {
         super::count_stateless(NUMBER, Reason::NoState as usize);
     }
-    Verdict::handled(ret as usize)
+    Verdict::handled(usize::from(ret))
 }
 
 /// Handler of kvm_arch_vcpu_ioctl(): whatever user space asks of the vCPU, nothing that was

@@ -51,7 +51,11 @@ impl Exits {
 
     fn bump(&self, nested: bool, reason: u16) {
         let row = (reason as usize).min(REASONS - 1);
-        if let Some(count) = self.0.get(nested as usize).and_then(|level| level.get(row)) {
+        if let Some(count) = self
+            .0
+            .get(usize::from(nested))
+            .and_then(|level| level.get(row))
+        {
             count.bump();
         }
     }

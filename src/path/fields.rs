@@ -236,7 +236,7 @@ unsafe fn drops_reserved() -> bool {
     const GUEST_ES_AR_BYTES: u64 = 0x4814;
     // SAFETY: By this function's contract.
     unsafe {
-        vmx::vmwrite(GUEST_ES_AR_BYTES, u32::MAX as u64)
+        vmx::vmwrite(GUEST_ES_AR_BYTES, u64::from(u32::MAX))
             && vmx::vmread(GUEST_ES_AR_BYTES) == Some(0x1f0ff)
     }
 }
@@ -312,10 +312,12 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) const NEW: Shared = Shared {
-        extended: AtomicBool::new(false),
-        thread: AtomicI32::new(0),
-    };
+    pub(crate) const fn new() -> Self {
+        Self {
+            extended: AtomicBool::new(false),
+            thread: AtomicI32::new(0),
+        }
+    }
 
     fn is_extended(&self) -> bool {
         self.extended.load(Ordering::Relaxed)
@@ -353,6 +355,7 @@ impl Memory {
     ///
     /// The vCPU is loaded on this CPU with preemption off and its shadow VMCS is up to date.
     #[inline]
+    #[allow(clippy::useless_conversion, reason = "one text for three widths")]
     unsafe fn save(&mut self, vcpu: Vcpu, vmcs12: Vmcs12, count: &Counters) -> bool {
         let (Some(ext), Some(shadow)) = (self.extension.as_ref(), vcpu.shadow_vmcs()) else {
             return false;
@@ -367,7 +370,7 @@ impl Memory {
                 return false;
             }
             for_each_width!(ext.stock_rw, |e: Word| {
-                if let Some(value) = vmx::vmread(e.encoding as u64) {
+                if let Some(value) = vmx::vmread(u64::from(e.encoding)) {
                     base.add(e.offset as usize)
                         .cast::<Word>()
                         .write_unaligned(value as Word);
@@ -375,14 +378,14 @@ impl Memory {
             });
             for_each_width!(ext.learned, |e: Word| {
                 let at = base.add(e.offset as usize).cast::<Word>();
-                if let Some(value) = vmx::vmread(e.encoding as u64) {
+                if let Some(value) = vmx::vmread(u64::from(e.encoding)) {
                     let old = at.read_unaligned();
                     if value as Word != old {
                         if !self.checking {
                             changed |= e.matters;
                             at.write_unaligned(value as Word);
                         } else if !self.written.has(e.number) {
-                            report(count, e, value, old as u64);
+                            report(count, e, value, u64::from(old));
                         }
                     }
                 }
@@ -402,6 +405,7 @@ impl Memory {
     ///
     /// As for `save`, with vmcs01 current and vmcs12 up to date.
     #[inline]
+    #[allow(clippy::useless_conversion, reason = "one text for three widths")]
     unsafe fn restore(&mut self, vcpu: Vcpu, vmcs12: Vmcs12, check: bool, shared: &Shared) {
         if self.stale || self.checking != check {
             self.rebuild(check);
@@ -427,15 +431,15 @@ impl Memory {
             }
             for_each_width!(ext.stock_rw, |e: Word| {
                 let value = base.add(e.offset as usize).cast::<Word>().read_unaligned();
-                vmx::vmwrite(e.encoding as u64, value as u64);
+                vmx::vmwrite(u64::from(e.encoding), u64::from(value));
             });
             for_each_width!(ext.stock_ro, |e: Word| {
                 let value = base.add(e.offset as usize).cast::<Word>().read_unaligned();
-                vmx::vmwrite(e.encoding as u64, value as u64);
+                vmx::vmwrite(u64::from(e.encoding), u64::from(value));
             });
             for_each_width!(ext.learned, |e: Word| {
                 let value = base.add(e.offset as usize).cast::<Word>().read_unaligned();
-                if !vmx::vmwrite(e.encoding as u64, value as u64) {
+                if !vmx::vmwrite(u64::from(e.encoding), u64::from(value)) {
                     refused = Some(e.number);
                 }
             });
@@ -453,7 +457,7 @@ impl Memory {
         self.written = Set::EMPTY;
         shared.thread.store(current!().pid(), Ordering::Relaxed);
         if !shared.is_extended() {
-            let at = |bitmap: &Bitmap| vmx::physical((bitmap as *const Bitmap).cast());
+            let at = |bitmap: &Bitmap| vmx::physical(core::ptr::from_ref(bitmap).cast());
             // SAFETY: By this function's contract vmcs01 is current again; the bitmaps live as long
             // as the extension, which is not dropped while `extended`.
             unsafe {

@@ -156,11 +156,13 @@ pub(crate) struct CounterSet {
 
 impl CounterSet {
     /// All zero.
-    pub(crate) const NEW: CounterSet = CounterSet {
-        paths: [const { Counters::new() }; COUNT],
-        exits: exits::Exits::new(),
-        fields: fields::Shared::NEW,
-    };
+    pub(crate) const fn new() -> Self {
+        Self {
+            paths: [const { Counters::new() }; COUNT],
+            exits: exits::Exits::new(),
+            fields: fields::Shared::new(),
+        }
+    }
 
     /// The counters of the path of this number, which must be one of [`PATHS`].
     #[inline(always)]
@@ -176,7 +178,7 @@ impl CounterSet {
 }
 
 /// What vCPUs that are gone counted, and calls for which no state could be made.
-static RETIRED: CounterSet = CounterSet::NEW;
+static RETIRED: CounterSet = CounterSet::new();
 
 /// Keeps the counts of a vCPU that goes away.
 pub(crate) fn retire(counters: &CounterSet) {

@@ -35,7 +35,7 @@ impl Set {
     pub fn has(&self, field: u8) -> bool {
         self.0
             .get(field as usize / WORD)
-            .is_some_and(|w| w >> (field as usize % WORD) & 1 != 0)
+            .is_some_and(|w| (w >> (field as usize % WORD)) & 1 != 0)
     }
 
     /// Puts `field` in.
