@@ -4,9 +4,13 @@
 //! A field that L1 reads or writes costs an exit each time; a shadowed one costs a copy each way on
 //! every switch, some hundredth of an exit. So a field joins once it has been touched [`JOIN`]
 //! times, where old touches fade: they are halved every [`FADE`] switches. A shadowed field is
-//! invisible, so now and then one is put out on trial: touched within [`FADE`] switches, it comes
-//! back at once; else it stays out and must earn its place anew. A trial starts every [`TRIAL`]
-//! switches at most, which bounds what learning costs: one exit in that many switches.
+//! invisible, so now and then some are put out on trial: one that is touched within [`FADE`]
+//! switches comes back at once; the others stay out and must earn their place anew.
+//!
+//! While L1 keeps its habits a trial takes one field and there is one in [`TRIAL`] switches, so
+//! that learning costs one exit in that many. When a trial shows that nothing of it was needed, the
+//! next follows at once and takes twice as many: a set of `n` fields that L1 no longer uses is gone
+//! after `TRIAL + FADE * (2 + log2(n))` switches.
 
 /// Touches after which a field joins.
 pub const JOIN: u8 = 4;
@@ -81,8 +85,10 @@ pub struct Learner {
     touches: [u8; FIELDS],
     learned: Set,
     barred: Set,
-    trial: Option<u8>,
+    trial: Set,
+    trial_size: usize,
     last_trial: u8,
+    next_trial: u16,
     costly: u16,
     switches: u16,
     budget: u8,
@@ -95,8 +101,10 @@ impl Learner {
             touches: [0; FIELDS],
             learned: Set::EMPTY,
             barred: Set::EMPTY,
-            trial: None,
+            trial: Set::EMPTY,
+            trial_size: 1,
             last_trial: 0,
+            next_trial: TRIAL,
             costly: 0,
             switches: 0,
             budget,
@@ -120,36 +128,53 @@ impl Learner {
         *count = count.saturating_add(1);
         self.costly = self.costly.saturating_add(u16::from(costly));
         let pays = !costly || self.costly >= JOIN_COSTLY;
-        let wanted = self.trial == Some(field) || (*count >= JOIN && pays);
+        let tried = self.trial.has(field);
+        let wanted = tried || (*count >= JOIN && pays);
         if !wanted || self.learned.len() >= self.budget as usize {
             return false;
         }
-        if self.trial == Some(field) {
-            self.trial = None;
+        if tried {
+            // Habits are as they were.
+            self.trial.remove(field);
+            self.trial_size = 1;
+            self.next_trial = TRIAL;
         }
         *count = 0;
         self.learned.insert(field);
         true
     }
 
-    /// L1 has entered its guest and come back. `true` if a field has just left, for a trial.
+    /// L1 has entered its guest and come back. `true` if fields have just left, for a trial.
     pub fn switched(&mut self) -> bool {
-        self.switches = (self.switches + 1) % TRIAL;
-        if self.switches % FADE == 0 {
-            self.touches.iter_mut().for_each(|t| *t /= 2);
-            self.costly /= 2;
-            // Not touched since: it stays out.
-            self.trial = None;
-        }
+        self.switches = (self.switches + 1) % FADE;
+        self.next_trial = self.next_trial.saturating_sub(1);
         if self.switches != 0 {
             return false;
         }
-        let Some(field) = self.learned.after(self.last_trial) else {
+        self.touches.iter_mut().for_each(|t| *t /= 2);
+        self.costly /= 2;
+        if !self.trial.is_empty() {
+            // Not touched since: they stay out. If all of them do, more may.
+            let all = self.trial.len() == self.trial_size;
+            self.trial = Set::EMPTY;
+            if all {
+                self.trial_size = (self.trial_size * 2).min(FIELDS);
+                self.next_trial = 0;
+            }
+        }
+        if self.next_trial != 0 || self.learned.is_empty() {
             return false;
-        };
-        self.learned.remove(field);
-        self.last_trial = field;
-        self.trial = Some(field);
+        }
+        self.next_trial = TRIAL;
+        self.trial_size = self.trial_size.min(self.learned.len());
+        for _ in 0..self.trial_size {
+            let Some(field) = self.learned.after(self.last_trial) else {
+                break;
+            };
+            self.learned.remove(field);
+            self.last_trial = field;
+            self.trial.insert(field);
+        }
         true
     }
 
@@ -194,6 +219,16 @@ mod tests {
         run(&mut learner, &[1, 2, 3], 10);
         run(&mut learner, &[3], 10 * TRIAL as usize);
         assert_eq!(learner.learned().iter().collect::<Vec<_>>(), [3]);
+    }
+
+    #[test]
+    fn a_new_phase_is_followed_soon() {
+        let mut learner = Learner::new(96);
+        run(&mut learner, &(0..90).collect::<Vec<_>>(), 1000);
+        assert_eq!(learner.learned().len(), 90);
+        let log2 = 7;
+        run(&mut learner, &[100], (TRIAL + FADE * (2 + log2)) as usize);
+        assert_eq!(learner.learned().iter().collect::<Vec<_>>(), [100]);
     }
 
     #[test]
