@@ -18,7 +18,7 @@ import termios
 import time
 import tty
 
-from . import boot, cpio, machine
+from . import boot, cpio, machine, package
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 EMULATOR = os.path.dirname(HERE)
@@ -333,27 +333,36 @@ def main():
     tree = args.kernel_tree or paths["KMODULES"]
     vmlinuz = os.path.join(args.kernel_tree or paths["KERNEL"], "vmlinuz")
     args.emulator = args.emulator or paths["EMU"]
+    if args.prof and package.used(args.emulator):
+        fail("profiles are unavailable: the emulator is Debian's bochs package, which cannot make them (Documentation/lab.md, \"The fall-back\")")
     binary = os.path.join(args.emulator, "bochs-prof" if args.prof else "bochs")
     if not os.access(binary, os.X_OK):
         fail(f"{binary} is missing: run scripts/lab setup")
-    if os.path.exists(os.path.join(args.emulator, "unpatched")):
-        fail("the emulator is Debian's own build, which cannot load the boot files: give scripts/lab access to the mirror's bochs source, then "
-             "scripts/lab clean emu && scripts/lab setup")
+    root = paths.get("ROOT", "/").rstrip("/")
+    line = "console=ttyS0,115200 loglevel=5 nokaslr panic=0"
+    environment = {}
+    if package.used(args.emulator):
+        print(f"emu: this is Debian's bochs package: slower, {package.LACKS} (Documentation/lab.md, \"The fall-back\")", file=sys.stderr)
+        line += " " + package.KERNEL_ARGUMENTS
+        args.kvm_intel = f"{package.KVM_INTEL_OPTIONS} {args.kvm_intel}"
+        environment["EMU_ROOT"] = root
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))
     with tempfile.TemporaryDirectory(prefix="emu-") as directory:
         initramfs = os.path.join(directory, "initramfs")
         try:
             build_initramfs(initramfs, args, paths, tree)
-            line = f"console=ttyS0,115200 loglevel=5 nokaslr panic=0 {args.append}".strip()
-            images, floppy = boot.boot_files(directory, vmlinuz, initramfs, line, args.memory)
+            line = f"{line} {args.append}".strip()
+            if package.used(args.emulator):
+                boot_lines = package.boot_files(directory, root, vmlinuz, initramfs, line)
+            else:
+                boot_lines = boot.boot_files(directory, vmlinuz, initramfs, line, args.memory)
         except (OSError, ValueError) as problem:
             fail(str(problem))
-        environment = {}
         if args.prof and getattr(args, "out", None):
             os.makedirs(args.out, exist_ok=True)
             environment["MATRYOSHKA_PROFILE"] = os.path.abspath(os.path.join(args.out, "profile"))
-        host = machine.Machine(directory, args.emulator, binary, floppy, images, args.memory, args.cpus, args.model, args.ips, environment)
+        host = machine.Machine(directory, args.emulator, binary, boot_lines, args.memory, args.cpus, args.model, args.ips, environment)
         try:
             return shell(host) if args.mode == "shell" else Run(args, host, directory).go()
         finally:

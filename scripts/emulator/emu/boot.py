@@ -21,7 +21,7 @@ BOOT_SECTOR = bytes.fromhex("fa b80090 8ed8 8ec0 8ee0 8ee8 8ed0 bc00e0 ea0000209
 
 
 def boot_files(directory, vmlinuz, initramfs, command_line, memory_mib):
-    """Writes the boot files into DIRECTORY; returns [(file, address)] for memory and the boot floppy's path."""
+    """Writes the boot files into DIRECTORY; returns lines for the emulator's configuration."""
     with open(vmlinuz, "rb") as f:
         image = bytearray(f.read())
     if image[0x202:0x206] != b"HdrS":
@@ -51,7 +51,8 @@ def boot_files(directory, vmlinuz, initramfs, command_line, memory_mib):
     images = [(write("setup", low + line + b"\0"), SETUP),
               (write("kernel", bytes(image[setup_size:])), KERNEL),
               (initramfs, address)]
-    return images, floppy
+    lines = f"floppya: image={floppy}, status=inserted\nboot: floppy\n"
+    return lines + "".join(f"optramimage{number}: file={path}, address={place:#x}\n" for number, (path, place) in enumerate(images, 1))
 
 
 def read_module(path):

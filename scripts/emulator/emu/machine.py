@@ -11,15 +11,15 @@ import sys
 import time
 import tty
 
+from . import package
+
 BOCHSRC = """\
 config_interface: textconfig
-display_library: nogui
+display_library: {display}
 cpu: model={model}, count={cpus}, ips={ips}, ignore_bad_msrs=1
 memory: guest={memory}, host={host}
 romimage: file={emulator}/BIOS-bochs-latest
 vgaromimage: file={emulator}/vgabios-stdvga.bin
-floppya: image={floppy}, status=inserted
-boot: floppy
 com1: enabled=1, mode=term, dev={tty}
 port_e9_hack: enabled=1
 log: {log}
@@ -105,24 +105,24 @@ def _die_with_parent():
 class Machine:
     """The emulator as a child process, its serial console on a pseudo terminal."""
 
-    def __init__(self, directory, emulator, binary, floppy, images, memory, cpus, model, ips, environment=None):
+    def __init__(self, directory, emulator, binary, boot_lines, memory, cpus, model, ips, environment=None):
+        self._patched = not package.used(emulator)
         self.directory = directory
         self.master, self._slave = os.openpty()
         tty.setraw(self._slave)
         os.set_blocking(self.master, False)
-        config = BOCHSRC.format(emulator=emulator, floppy=floppy, memory=memory, host=min(memory, 2048), cpus=cpus, model=model, ips=ips,
-                                tty=os.ttyname(self._slave), log=os.path.join(directory, "bochs.log"))
-        for number, (path, address) in enumerate(images, 1):
-            config += f"optramimage{number}: file={path}, address={address:#x}\n"
+        config = BOCHSRC.format(emulator=emulator, display="nogui" if self._patched else "term", memory=memory, host=min(memory, 2048),
+                                cpus=cpus, model=model, ips=ips, tty=os.ttyname(self._slave), log=os.path.join(directory, "bochs.log"))
         path = os.path.join(directory, "bochsrc")
         with open(path, "w", encoding="utf-8") as f:
-            f.write(config)
+            f.write(config + boot_lines)
         self.stderr_path = os.path.join(directory, "stderr")
         with open(self.stderr_path, "wb") as stderr:
             self.process = subprocess.Popen([binary, "-q", "-f", path], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                             stderr=stderr, cwd=directory, preexec_fn=_die_with_parent,
                                             env={**os.environ, **(environment or {}), "BXSHARE": emulator})
         os.set_blocking(self.process.stdout.fileno(), False)
+        self._screen = None if self._patched else package.Screen(self.stderr_path)
 
     def stop(self):
         """Ends the emulator, if it still runs, and frees the terminal."""
@@ -130,6 +130,8 @@ class Machine:
             self.process.kill()
         self.process.wait()
         self.process.stdout.close()
+        if self._screen:
+            self._screen.close()
         for fd in (self.master, self._slave):
             try:
                 os.close(fd)
@@ -147,7 +149,7 @@ class Machine:
 
     def where(self):
         """Asks the (patched) emulator where each processor is; a list of lines."""
-        if self.process.poll() is not None:
+        if self.process.poll() is not None or not self._patched:
             return []
         lines = []
         for _ in range(3):
@@ -184,6 +186,8 @@ class Machine:
             if extra is not None:
                 selector.register(extra, selectors.EVENT_READ, "extra")
             while True:
+                if self._screen and self._screen.find():
+                    selector.register(self._screen.fd, selectors.EVENT_READ, "screen")
                 ready = selector.select(0.5)
                 now = time.monotonic()
                 if tick:
@@ -192,6 +196,14 @@ class Machine:
                     try:
                         data = os.read(key.fd, 65536)
                     except BlockingIOError:
+                        continue
+                    except OSError:
+                        if key.data != "screen":
+                            raise
+                        data = b""
+                    if key.data == "screen":
+                        if not data:
+                            selector.unregister(key.fd)
                         continue
                     if key.data == "out":
                         if not data:
