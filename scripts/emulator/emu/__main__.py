@@ -34,6 +34,8 @@ examples:
   scripts/emu run --file my_test=/bin/my_test -- my_test
                                                      put a (static) program in, run it
   scripts/emu shell                                  a shell in L0; Ctrl-] ends it
+  MATRYOSHKA_EMULATOR=package scripts/emu run -- uname -a
+                                                     the same on Debian's bochs package (after scripts/lab setup with it)
 
 exit status: COMMAND's own; 123 a kernel warned (--fail-on-warn); 124 it hung; 125 it could not be run.
 Documentation/lab.md explains the emulated host."""
