@@ -196,7 +196,8 @@ class Run:
         os.makedirs(self.out, exist_ok=True)
         self.console = open(os.path.join(self.out, "console.log"), "w", encoding="utf-8")
         self.output = open(os.path.join(self.out, "output.log"), "wb")
-        self.history = History(" ".join([*args.command, str(args.prof), args.kernel or ""]))
+        slow = ["package"] if package.used(args.emulator) else []
+        self.history = History(" ".join([*args.command, str(args.prof), args.kernel or "", *slow]))
         self.progress = machine.Progress("L0", self.history.expected())
         self.lines, self.text = machine.Lines(), {"O": machine.Lines(), "E": machine.Lines()}
         self.trouble, self.last = [], []
