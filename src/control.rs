@@ -123,11 +123,8 @@ impl Control {
     }
 
     fn detach_unneeded(&mut self) {
-        for id in HookId::all() {
-            if !self.needed(id) && !path::COMMON_HOOKS.contains(&id) {
-                self.detach(id);
-            }
-        }
+        let common = |id: HookId| path::COMMON_HOOKS.contains(&id);
+        self.detach(|this, id| !common(id) && !this.needed(id));
         if path::COMMON_HOOKS.iter().any(|&id| self.needed(id)) {
             return;
         }
@@ -135,20 +132,23 @@ impl Control {
         // accounting, all off and drained now; the common ones only drop or clear, under the
         // table's mutex or for a vCPU whose state is gone.
         unsafe { state::forget_all() };
-        for &id in path::COMMON_HOOKS {
-            self.detach(id);
-        }
+        self.detach(|_, id| common(id));
     }
 
-    fn detach(&mut self, id: HookId) {
-        for slot in self
-            .attached
-            .iter_mut()
-            .filter(|s| s.as_ref().is_some_and(|a| a.id() == id))
-        {
-            // Dropping waits until nobody is inside.
-            *slot = None;
+    /// Takes off the hooks that `which` says, all at once.
+    fn detach(&mut self, which: impl Fn(&Self, HookId) -> bool) {
+        let mut going = [const { None }; hook::COUNT];
+        for (n, to) in going.iter_mut().enumerate() {
+            let goes = |this: &Self| {
+                let attached = this.attached.get(n)?.as_ref()?;
+                Some(which(this, attached.id()))
+            };
+            if goes(self) == Some(true) {
+                *to = self.attached.get_mut(n).and_then(Option::take);
+            }
         }
+        // Waits until nobody is inside.
+        hook::detach(&mut going);
     }
 
     fn attach(&mut self, id: HookId) -> Result<(), AttachError> {

@@ -3,7 +3,7 @@
 //! direct calls and takes them off again, under load, without losing a task inside one.
 //!
 //! Life of a trampoline. `attach` resolves the function and registers the direct call. `detach`
-//! unregisters it; ftrace waits there for an RCU-tasks grace period, after which no task is
+//! unregisters it and waits for an RCU-tasks grace period, after which no task is
 //! between the patched call and the handler's first instruction, unless it has slept in the
 //! handler. A handler therefore never sleeps outside an [`InFlight`] section, and `detach` waits
 //! for these to drain. What is left then are tasks in the few instructions from the end of such a
@@ -292,7 +292,7 @@ pub(crate) enum AttachError {
     Ftrace(i32),
 }
 
-/// A direct call that is registered; dropping it takes the hook off and waits until nobody is in.
+/// A direct call that is registered; `detach` takes it off.
 pub(crate) struct Attached {
     id: HookId,
     ops: KBox<bindings::ftrace_ops>,
@@ -342,12 +342,15 @@ impl Attached {
     }
 }
 
-impl Drop for Attached {
-    fn drop(&mut self) {
-        let hook = self.id.hook();
-        // SAFETY: `attach` registered `ops` with this trampoline.
+impl Attached {
+    /// Takes the trampoline off its function, without waiting for anybody.
+    fn unregister(&mut self) {
+        // ftrace would wait for two grace periods here, for each hook; `wait` does it for all.
+        self.ops.flags &= !(bindings::FTRACE_OPS_FL_DYNAMIC as kernel::ffi::c_ulong);
+        // SAFETY: `attach` registered `ops` with this trampoline. The filter, which ftrace may
+        // still read, is freed after the grace periods.
         let ret = unsafe {
-            bindings::unregister_ftrace_direct(&mut *self.ops, self.id.trampoline(), true)
+            bindings::unregister_ftrace_direct(&mut *self.ops, self.id.trampoline(), false)
         };
         if ret != 0 {
             // ftrace turned itself off after a bug elsewhere (-ENODEV). The call site may still
@@ -358,11 +361,39 @@ impl Drop for Attached {
                 ret
             );
         }
-        while hook.in_flight.load(Ordering::Acquire) != 0 {
-            // SAFETY: Process context without locks that a handler takes.
-            unsafe { bindings::msleep(1) };
+    }
+}
+
+/// Waits until every task has left the handlers of hooks that were unregistered, but for the tail
+/// of a trampoline.
+fn wait() {
+    // What ftrace does for ops that are freed: tasks that are preempted in a trampoline must run on.
+    // SAFETY: Process context; may sleep.
+    unsafe {
+        bindings::synchronize_rcu_tasks_rude();
+        bindings::synchronize_rcu_tasks();
+    }
+}
+
+/// Takes hooks off together and returns when nobody is inside any of them.
+pub(crate) fn detach(hooks: &mut [Option<Attached>; COUNT]) {
+    if hooks.iter().all(Option::is_none) {
+        return;
+    }
+    hooks.iter_mut().flatten().for_each(Attached::unregister);
+    wait();
+    for slot in hooks {
+        if let Some(attached) = slot {
+            let hook = attached.id.hook();
+            while hook.in_flight.load(Ordering::Acquire) != 0 {
+                // SAFETY: Process context without locks that a handler takes.
+                unsafe { bindings::msleep(1) };
+            }
+            // SAFETY: Unregistered, and nobody reads it any more after the grace periods.
+            unsafe { bindings::ftrace_free_filter(&mut *attached.ops) };
+            hook.address.store(0, Ordering::Relaxed);
         }
-        hook.address.store(0, Ordering::Relaxed);
+        *slot = None;
     }
 }
 

@@ -22,7 +22,7 @@
 use super::{Counters, Path};
 use crate::{
     bindings,
-    hook::{Attached, CallId, Continuation, HookId, InFlight, Verdict},
+    hook::{self, Attached, CallId, Continuation, HookId, InFlight, Verdict},
     kvm::{
         fields::{self, Class, Field, Number, FIELDS},
         thread, vmx, Vcpu, Vmcs12,
@@ -815,9 +815,17 @@ const PATIENCE: u32 = 50;
 /// the host is enough to bring it there); one that is out of KVM_RUN is done here, under its mutex;
 /// one that sleeps inside is sent out, as by a signal, and its VMM sees EINTR.
 fn drain() {
-    let entry = Attached::attach(HookId::ENTER_GUEST);
-    if entry.is_err() {
-        pr_warn!("fields: cannot hook the guest's entry; waiting for vCPUs to leave KVM_RUN\n");
+    let mut any = false;
+    state::for_each_vcpu(|_, counters| any |= counters.fields.is_extended());
+    if !any {
+        return;
+    }
+    let mut entry = [const { None }; hook::COUNT];
+    match Attached::attach(HookId::ENTER_GUEST) {
+        Ok(attached) => entry[0] = Some(attached),
+        Err(_) => {
+            pr_warn!("fields: cannot hook the guest's entry; waiting for vCPUs to leave KVM_RUN\n")
+        }
     }
     let mut rounds = 0u32;
     loop {
@@ -855,4 +863,5 @@ fn drain() {
         // SAFETY: Process context.
         unsafe { bindings::msleep(1) };
     }
+    hook::detach(&mut entry);
 }

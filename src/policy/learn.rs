@@ -19,9 +19,9 @@ pub const JOIN: u8 = 4;
 /// are, so they pay from one touch in two switches; this asks for one in each.
 pub const JOIN_COSTLY: u16 = FADE;
 /// Switches after which old touches count half, and after which a trial ends.
-pub const FADE: u16 = 32;
+pub const FADE: u16 = 16;
 /// Switches from the start of one trial to the next.
-pub const TRIAL: u16 = 128;
+pub const TRIAL: u16 = 64;
 
 const WORD: usize = 64;
 /// Most fields that a learner can tell apart.

@@ -14,9 +14,17 @@ use crate::{cpu, error, line, memory};
 
 /// Most samples of one operation.
 const SAMPLES: usize = 4096;
-/// Operations done before the first that counts: the levels below then have everything in place that
-/// they make on first use.
-const WARM_UP: u32 = 8;
+/// Operations done before the first that counts, at a level: the levels below then have everything
+/// in place that they make on first use, and have seen what this operation needs (the module follows
+/// a change of habits within some two hundred switches). Fewer where one takes millions of
+/// instructions.
+const fn warm_up(level: u32) -> u32 {
+    match level {
+        0..=2 => 256,
+        3 => 32,
+        _ => 4,
+    }
+}
 
 /// What measuring needs, made once.
 pub struct Meter {
@@ -81,7 +89,7 @@ impl Meter {
     /// Fills the first `count` samples, after warming up.
     #[inline(always)]
     fn collect(&mut self, count: u32, mut operation: impl FnMut()) {
-        for _ in 0..WARM_UP {
+        for _ in 0..warm_up(self.level) {
             operation();
         }
         for index in 0..count as usize {

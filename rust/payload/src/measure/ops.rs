@@ -30,11 +30,12 @@ impl Sink for Samples<'_> {
     }
 }
 
-struct Profiler;
+/// The level that the operation runs at.
+struct Profiler(u32);
 
 impl Sink for Profiler {
     fn take(&mut self, mut operation: impl FnMut()) {
-        for _ in 0..super::WARM_UP {
+        for _ in 0..super::warm_up(self.0) {
             operation();
         }
         // SAFETY: `Meter::profile` has seen that the backdoor answers.
@@ -83,7 +84,7 @@ impl Meter {
 
     pub(super) fn one_profiled(&mut self, op: Op) -> Result<(), VmxError> {
         let context = self.context(op)?;
-        perform(op, &context, &mut Profiler)
+        perform(op, &context, &mut Profiler(self.level))
     }
 
     fn context(&mut self, op: Op) -> Result<Context, VmxError> {
