@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What an extended vCPU has: bitmaps of its own and the lists of what its shadow VMCS carries.
+
+use super::{
+    lists::{Bitmap, List},
+    LEARNED, STOCK,
+};
+use crate::kvm::{fields::FIELDS, vmx, Vcpu};
+use kernel::{new_spinlock, prelude::*, sync::SpinLock};
+use pin_init::{init_from_closure, Init};
+
+/// What an extended vCPU needs beside what is learned. Pinned: the processor holds the bitmaps'
+/// addresses.
+#[pin_data]
+pub(super) struct Extension {
+    pub(super) vmread: Bitmap,
+    pub(super) vmwrite: Bitmap,
+    /// Addresses of the stock bitmaps, to go back to.
+    pub(super) stock_vmread: u64,
+    pub(super) stock_vmwrite: u64,
+    /// Fields that the stock code shadows, for writing too and for reading only.
+    pub(super) stock_rw: List<STOCK>,
+    pub(super) stock_ro: List<STOCK>,
+    /// Learned fields that are in the shadow VMCS now.
+    pub(super) learned: List<LEARNED>,
+    /// One of the learned fields must be fetched from vmcs02.
+    pub(super) late: bool,
+    /// Whether the processor drops the reserved bits of access rights as KVM does; `None` before it
+    /// was tried.
+    pub(super) drops_reserved: Option<bool>,
+    /// Taken to keep preemption off; never contended.
+    #[pin]
+    pub(super) quiet: SpinLock<()>,
+}
+
+/// Tries whether VMWRITE drops the reserved bits of access rights, leaving those that
+/// `handle_vmwrite()` leaves. GUEST_ES_AR_BYTES stands for all of them.
+///
+/// # Safety
+///
+/// A shadow VMCS that is about to be filled is current.
+pub(super) unsafe fn drops_reserved() -> bool {
+    pub(super) const GUEST_ES_AR_BYTES: u64 = 0x4814;
+    // SAFETY: By this function's contract.
+    unsafe {
+        vmx::vmwrite(GUEST_ES_AR_BYTES, u64::from(u32::MAX))
+            && vmx::vmread(GUEST_ES_AR_BYTES) == Some(0x1f0ff)
+    }
+}
+
+fn copy_of(bitmap: u64) -> impl Init<Bitmap> {
+    let from = vmx::virtual_address(bitmap).cast::<Bitmap>();
+    // SAFETY: KVM's own bitmap: a whole page in the direct map, constant since kvm_intel's init and
+    // never freed while it is loaded. The slot is a whole page as well, and fully written.
+    unsafe {
+        init_from_closure(move |slot: *mut Bitmap| {
+            core::ptr::copy_nonoverlapping(from, slot, 1);
+            Ok(())
+        })
+    }
+}
+
+impl Extension {
+    /// Reads the stock bitmaps off vmcs01, which must be current. `Ok(None)` if they are not what
+    /// the field table can explain: then this kernel shadows something that we do not know.
+    pub(super) fn new(vcpu: Vcpu) -> Result<Option<Pin<KBox<Self>>>> {
+        // SAFETY: `vcpu` is in a handler with vmcs01 current.
+        let addresses = unsafe {
+            (
+                vmx::vmread(vmx::VMREAD_BITMAP),
+                vmx::vmread(vmx::VMWRITE_BITMAP),
+            )
+        };
+        let (Some(stock_vmread), Some(stock_vmwrite)) = addresses else {
+            return Ok(None);
+        };
+        let _ = vcpu;
+        let mut ext = KBox::pin_init(
+            pin_init!(Self {
+                vmread <- copy_of(stock_vmread),
+                vmwrite <- copy_of(stock_vmwrite),
+                stock_vmread,
+                stock_vmwrite,
+                stock_rw: List::EMPTY,
+                stock_ro: List::EMPTY,
+                learned: List::EMPTY,
+                late: false,
+                drops_reserved: None,
+                quiet <- new_spinlock!(()),
+            }),
+            GFP_KERNEL_ACCOUNT | __GFP_NOWARN,
+        )?;
+        // SAFETY: Nothing is moved out.
+        let this = unsafe { ext.as_mut().get_unchecked_mut() };
+        let (mut reads, mut writes, mut room) = (0, 0, true);
+        for (number, field) in (0..).zip(FIELDS) {
+            let bits = if field.has_high() { 2 } else { 1 };
+            if !this.vmwrite.has(field) {
+                room &= this.stock_rw.push(number, field);
+                writes += bits;
+            } else if !this.vmread.has(field) {
+                room &= this.stock_ro.push(number, field);
+            }
+            if !this.vmread.has(field) {
+                reads += bits;
+            }
+        }
+        let explained = this.vmread.clear_bits() == reads && this.vmwrite.clear_bits() == writes;
+        Ok((explained && room).then_some(ext))
+    }
+}

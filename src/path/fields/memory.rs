@@ -1,0 +1,313 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What is kept for one vCPU, and the copies between its shadow VMCS and vmcs12.
+
+use super::{
+    extension::{drops_reserved, Extension},
+    lists::{for_each_width, Bitmap, Entry},
+    BUDGET,
+};
+use crate::{
+    kvm::{fields::FIELDS, vmx, Vcpu, Vmcs12},
+    path::Counters,
+    policy::learn::{Learner, Set},
+};
+use core::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use kernel::{current, prelude::*, sync::SpinLock};
+
+/// What another thread may know about a vCPU.
+pub(crate) struct Shared {
+    /// vmcs01 has our bitmaps and the shadow VMCS the learned fields.
+    pub(super) extended: AtomicBool,
+    /// The thread that ran the vCPU last, by its number in the initial namespace.
+    pub(super) thread: AtomicI32,
+}
+
+impl Shared {
+    pub(crate) const fn new() -> Self {
+        Self {
+            extended: AtomicBool::new(false),
+            thread: AtomicI32::new(0),
+        }
+    }
+
+    pub(super) fn is_extended(&self) -> bool {
+        self.extended.load(Ordering::Relaxed)
+    }
+}
+
+/// What is kept for one vCPU.
+pub(crate) struct Memory {
+    pub(super) learner: Learner,
+    pub(super) extension: Option<Pin<KBox<Extension>>>,
+    /// The stock bitmaps could not be explained: nothing is ever learned.
+    pub(super) unfit: bool,
+    /// The learned set is not what the lists and bitmaps say.
+    pub(super) stale: bool,
+    /// The bitmaps were made in mode `check`, so that vmcs12 has what L1 writes to learned fields,
+    /// whatever the mode is by now.
+    pub(super) checking: bool,
+    /// In mode `check`: fields that L1 wrote since the last copy, which the shadow VMCS lacks.
+    pub(super) written: Set,
+}
+
+impl Memory {
+    pub(crate) const NEW: Memory = Memory {
+        learner: Learner::new(BUDGET),
+        extension: None,
+        unfit: false,
+        stale: true,
+        checking: false,
+        written: Set::EMPTY,
+    };
+
+    /// shadow VMCS to vmcs12. Returns whether a learned field has changed.
+    ///
+    /// # Safety
+    ///
+    /// The vCPU is loaded on this CPU with preemption off and its shadow VMCS is up to date.
+    #[inline]
+    #[allow(clippy::useless_conversion, reason = "one text for three widths")]
+    pub(super) unsafe fn save(&mut self, vcpu: Vcpu, vmcs12: Vmcs12, count: &Counters) -> bool {
+        let (Some(ext), Some(shadow)) = (self.extension.as_ref(), vcpu.shadow_vmcs()) else {
+            return false;
+        };
+        let base = vmcs12.as_ptr().cast_mut().cast::<u8>();
+        let mut changed = false;
+        // SAFETY: By this function's contract; the loaded VMCS is made current again below, as in
+        // KVM's own copy_shadow_to_vmcs12(). Entries have offsets of fields of vmcs12 with their
+        // widths.
+        unsafe {
+            if !vmx::vmptrld(shadow) {
+                return false;
+            }
+            for_each_width!(ext.stock_rw, |e: Word| {
+                if let Some(value) = vmx::vmread(u64::from(e.encoding)) {
+                    base.add(e.offset as usize)
+                        .cast::<Word>()
+                        .write_unaligned(value as Word);
+                }
+            });
+            for_each_width!(ext.learned, |e: Word| {
+                let at = base.add(e.offset as usize).cast::<Word>();
+                if let Some(value) = vmx::vmread(u64::from(e.encoding)) {
+                    let old = at.read_unaligned();
+                    if value as Word != old {
+                        if !self.checking {
+                            changed |= e.matters;
+                            at.write_unaligned(value as Word);
+                        } else if !self.written.has(e.number) {
+                            report(count, e, value, u64::from(old));
+                        }
+                    }
+                }
+            });
+            vmx::vmclear(shadow);
+            vmx::vmptrld(vcpu.loaded_vmcs());
+        }
+        if self.checking {
+            count.checked.bump();
+        }
+        changed
+    }
+
+    /// vmcs12 to shadow VMCS, with the fields that are learned now.
+    ///
+    /// # Safety
+    ///
+    /// As for `save`, with vmcs01 current and vmcs12 up to date.
+    #[inline]
+    #[allow(clippy::useless_conversion, reason = "one text for three widths")]
+    pub(super) unsafe fn restore(
+        &mut self,
+        vcpu: Vcpu,
+        vmcs12: Vmcs12,
+        check: bool,
+        shared: &Shared,
+    ) {
+        if self.stale || self.checking != check {
+            self.rebuild(check);
+        }
+        let (Some(ext), Some(shadow)) = (self.extension.as_mut(), vcpu.shadow_vmcs()) else {
+            return;
+        };
+        // SAFETY: Nothing is moved out.
+        let ext = unsafe { ext.as_mut().get_unchecked_mut() };
+        if ext.late {
+            // SAFETY: By this function's contract vmcs01 is loaded and preemption off.
+            unsafe { vcpu.fetch_late_fields() };
+        }
+        let base = vmcs12.as_ptr().cast::<u8>();
+        let mut refused = None;
+        // SAFETY: By this function's contract, and as in `save`.
+        unsafe {
+            if !vmx::vmptrld(shadow) {
+                return;
+            }
+            if ext.drops_reserved.is_none() {
+                ext.drops_reserved = Some(drops_reserved());
+            }
+            for_each_width!(ext.stock_rw, |e: Word| {
+                let value = base.add(e.offset as usize).cast::<Word>().read_unaligned();
+                vmx::vmwrite(u64::from(e.encoding), u64::from(value));
+            });
+            for_each_width!(ext.stock_ro, |e: Word| {
+                let value = base.add(e.offset as usize).cast::<Word>().read_unaligned();
+                vmx::vmwrite(u64::from(e.encoding), u64::from(value));
+            });
+            for_each_width!(ext.learned, |e: Word| {
+                let value = base.add(e.offset as usize).cast::<Word>().read_unaligned();
+                if !vmx::vmwrite(u64::from(e.encoding), u64::from(value)) {
+                    refused = Some(e.number);
+                }
+            });
+            vmx::vmclear(shadow);
+            vmx::vmptrld(vcpu.loaded_vmcs());
+        }
+        if let Some(number) = refused {
+            // The processor has no such field and KVM emulates it. Its bits must be set again
+            // before L1 runs; more such fields show one after another.
+            self.learner.bar(number);
+            self.stale = true;
+            // SAFETY: As this call; each round bars a field, so it ends.
+            return unsafe { self.restore(vcpu, vmcs12, check, shared) };
+        }
+        self.written = Set::EMPTY;
+        shared.thread.store(current!().pid(), Ordering::Relaxed);
+        if !shared.is_extended() {
+            let at = |bitmap: &Bitmap| vmx::physical(core::ptr::from_ref(bitmap).cast());
+            // SAFETY: By this function's contract vmcs01 is current again; the bitmaps live as long
+            // as the extension, which is not dropped while `extended`.
+            unsafe {
+                vmx::vmwrite(vmx::VMREAD_BITMAP, at(&ext.vmread));
+                vmx::vmwrite(vmx::VMWRITE_BITMAP, at(&ext.vmwrite));
+            }
+            shared.extended.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Makes lists and bitmaps what the learned set says.
+    #[cold]
+    pub(super) fn rebuild(&mut self, check: bool) {
+        let Some(ext) = self.extension.as_mut() else {
+            return;
+        };
+        // SAFETY: Nothing is moved out.
+        let ext = unsafe { ext.as_mut().get_unchecked_mut() };
+        let stock = |physical| vmx::virtual_address(physical).cast::<Bitmap>();
+        // SAFETY: KVM's own bitmaps, as in `copy_of`.
+        let (stock_vmread, stock_vmwrite) =
+            unsafe { (&*stock(ext.stock_vmread), &*stock(ext.stock_vmwrite)) };
+        for e in Iterator::chain(
+            Iterator::chain(ext.learned.of::<0>().iter(), ext.learned.of::<1>()),
+            ext.learned.of::<2>(),
+        ) {
+            if let Some(field) = FIELDS.get(e.number as usize) {
+                ext.vmread.copy(field, stock_vmread);
+                ext.vmwrite.copy(field, stock_vmwrite);
+            }
+        }
+        ext.learned.clear();
+        ext.late = false;
+        for (number, field) in (0..).zip(FIELDS) {
+            if self.learner.learned().has(number) && ext.learned.push(number, field) {
+                ext.late |= field.class.is_late();
+                // In mode `check` L1's accesses go where the stock code has them go.
+                if !check {
+                    ext.vmread.set(field, false);
+                    ext.vmwrite.set(field, false);
+                }
+            }
+        }
+        self.stale = false;
+        self.checking = check;
+    }
+
+    /// Brings vmcs12 up to date, so that the next entry of L1 copies it to the shadow VMCS.
+    ///
+    /// # Safety
+    ///
+    /// The vCPU is loaded on this CPU with vmcs01.
+    pub(super) unsafe fn make_vmcs12_newer(&mut self, vcpu: Vcpu, count: &Counters) {
+        if vcpu.vmcs12_is_newer() {
+            return;
+        }
+        let Some(vmcs12) = vcpu.vmcs12() else { return };
+        // SAFETY: By this function's contract.
+        unsafe { self.save_quietly(vcpu, vmcs12, count) };
+        vcpu.set_vmcs12_newer(true);
+    }
+
+    /// As `save`, with preemption off meanwhile, and with what follows from a change.
+    ///
+    /// # Safety
+    ///
+    /// The vCPU is loaded on this CPU with vmcs01 and its shadow VMCS is up to date.
+    #[inline]
+    pub(super) unsafe fn save_quietly(&mut self, vcpu: Vcpu, vmcs12: Vmcs12, count: &Counters) {
+        let Some(ext) = self.extension.as_ref() else {
+            return;
+        };
+        let quiet: *const SpinLock<()> = &ext.quiet;
+        // SAFETY: The extension is not dropped while the guard lives; `save` uses other fields.
+        let guard = unsafe { &*quiet }.lock();
+        // SAFETY: By this function's contract, preemption being off.
+        unsafe {
+            if self.save(vcpu, vmcs12, count) && vcpu.fetch_late_fields() {
+                vcpu.mark_vmcs12_dirty();
+            }
+        }
+        drop(guard);
+    }
+
+    /// Gives the vCPU back to the stock code.
+    ///
+    /// # Safety
+    ///
+    /// The vCPU is loaded on this CPU by the current task.
+    pub(super) unsafe fn withdraw(&mut self, vcpu: Vcpu, count: &Counters, shared: &Shared) {
+        if !shared.is_extended() {
+            return;
+        }
+        if vcpu.vmcs01_is_loaded() && vcpu.current_vmptr() != u64::MAX {
+            // SAFETY: By this function's contract.
+            unsafe { self.make_vmcs12_newer(vcpu, count) };
+        }
+        let Some(ext) = self.extension.as_ref() else {
+            return;
+        };
+        let quiet: *const SpinLock<()> = &ext.quiet;
+        let (vmread, vmwrite) = (ext.stock_vmread, ext.stock_vmwrite);
+        // SAFETY: As in `save_quietly`.
+        let guard = unsafe { &*quiet }.lock();
+        // SAFETY: vmcs01 is current inside, and these are the addresses that KVM itself wrote.
+        let done = unsafe {
+            vcpu.with_vmcs01(|| {
+                vmx::vmwrite(vmx::VMREAD_BITMAP, vmread)
+                    && vmx::vmwrite(vmx::VMWRITE_BITMAP, vmwrite)
+            })
+        };
+        drop(guard);
+        if done == Some(true) {
+            self.extension = None;
+            self.stale = true;
+            self.learner = Learner::new(BUDGET);
+            shared.extended.store(false, Ordering::Release);
+        }
+    }
+}
+static REPORTED: AtomicBool = AtomicBool::new(false);
+
+#[cold]
+fn report(counters: &Counters, entry: &Entry, shadow: u64, vmcs12: u64) {
+    counters.mismatches.bump();
+    let name = FIELDS.get(entry.number as usize).map_or("?", |f| f.name);
+    if !REPORTED.swap(true, Ordering::Relaxed) {
+        pr_warn!(
+            "fields: {} ({:#x}) would read {:#x} from the shadow VMCS, vmcs12 has {:#x}\n",
+            name,
+            entry.encoding,
+            shadow,
+            vmcs12
+        );
+    }
+}

@@ -1,0 +1,280 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Learned fields: the VMCS fields that this L1 reads and writes again and again are shadowed, so
+//! that its VMREADs and VMWRITEs of them do not leave it (SDM volume 3, 26.10 and 32.3).
+//!
+//! Stock KVM shadows a fixed list for everybody. Here each vCPU has VMREAD and VMWRITE bitmaps of
+//! its own: the stock list and what `policy::learn` found to pay. The shadow VMCS carries the
+//! learned fields as well, so the two copies between it and vmcs12 are made here, as long as a vCPU
+//! is *extended*:
+//!
+//! - nested_sync_vmcs12_to_shadow(): vmcs12 is up to date. The set may change only here.
+//! - copy_shadow_to_vmcs12(): the shadow VMCS is up to date. KVM calls it wherever anything is
+//!   about to look at vmcs12 while L1 runs: VMLAUNCH and VMRESUME, VMPTRLD, VMCLEAR, VMXOFF and
+//!   KVM_GET_NESTED_STATE. So nothing more is needed to keep others from seeing stale fields.
+//!
+//! What a VMWRITE exit of the stock code would have done beside the write is made up for in the
+//! second: if a learned field has changed, the guest state that KVM left in vmcs02 is fetched and
+//! vmcs12 marked dirty, so that vmcs02 is prepared in full.
+//!
+//! `kvm::fields` says for each field whether and when it may be learned. Those that KVM leaves in
+//! vmcs02 are fetched before each copy to the shadow VMCS while one of them is learned.
+
+mod drain;
+mod extension;
+mod lists;
+mod memory;
+
+pub(crate) use memory::{Memory, Shared};
+
+use super::{Counters, Path};
+use crate::{
+    bindings,
+    hook::{CallId, Continuation, HookId, InFlight, Verdict},
+    kvm::{
+        fields::{self, Class, Number, FIELDS},
+        vmx, Vcpu,
+    },
+    policy::mode::Mode,
+    state,
+};
+use extension::Extension;
+use kernel::c_str;
+
+/// This path's number in `PATHS`.
+const NUMBER: usize = 1;
+
+/// Most fields that are shadowed beside the stock list.
+const BUDGET: u8 = 96;
+/// Room for the stock lists, of each width; stock KVM has 38 fields in all.
+const STOCK: usize = 32;
+/// Room for learned fields, of each width.
+const LEARNED: usize = BUDGET as usize;
+
+pub(super) const PATH: Path = Path {
+    name: c_str!("fields"),
+    about: c_str!("VMCS fields that L1 uses often are shadowed"),
+    hooks: &[
+        HookId::COPY_SHADOW,
+        HookId::SYNC_SHADOW,
+        HookId::HANDLE_VMREAD,
+        HookId::HANDLE_VMWRITE,
+    ],
+    calls: &[
+        CallId::VCPU_LOAD,
+        CallId::VCPU_PUT,
+        CallId::WAKE_UP,
+        CallId::LOAD_VMCS,
+        CallId::SYNC_RARE,
+        CallId::FIELD_OFFSET,
+    ],
+    drain: Some(drain::drain),
+    reasons: &["no_state", "unknown_field", "never", "learning", "evmcs"],
+};
+
+/// Why an access of L1 was left to the stock code; names in `PATH.reasons`.
+#[derive(Clone, Copy)]
+enum Reason {
+    /// No memory or no room for the vCPU's state.
+    NoState,
+    /// L1 named a field that vmcs12 does not have.
+    UnknownField,
+    /// A field whose access must be seen.
+    Never,
+    /// A field that is not, or not yet, worth shadowing.
+    Learning,
+    /// L1 uses an enlightened VMCS.
+    Evmcs,
+}
+
+fn fall_back(counters: &Counters, reason: Reason) {
+    if let Some(count) = counters.fallbacks.get(reason as usize) {
+        count.bump();
+    }
+}
+
+/// Handler of copy_shadow_to_vmcs12(): the shadow VMCS is up to date.
+#[no_mangle]
+extern "C" fn mtk_on_copy_shadow(vmx: *mut bindings::vcpu_vmx, cont: Continuation) -> Verdict {
+    let _ = cont;
+    // SAFETY: The hooked function's own argument; kvm_vcpu is the first member of vcpu_vmx.
+    let vcpu = unsafe { Vcpu::from_hook(vmx.cast()) };
+    let mode = super::mode(NUMBER);
+    let handled = state::with(vcpu, |local, counters| {
+        let memory = &mut local.fields;
+        let extended = counters.fields.is_extended() && vcpu.vmcs01_is_loaded();
+        let vmcs12 = vcpu.vmcs12().filter(|_| extended)?;
+        let count = counters.path::<NUMBER>();
+        // SAFETY: KVM is about to do the same, at the same place.
+        unsafe { memory.save_quietly(vcpu, vmcs12, count) };
+        count.taken.bump();
+        Some(())
+    });
+    match handled {
+        Some(Some(())) => return Verdict::handled(0),
+        _ if mode != Mode::Off && vcpu.vmcs01_is_loaded() => make_room(vcpu, HookId::COPY_SHADOW),
+        _ => {}
+    }
+    Verdict::STOCK
+}
+
+/// Handler of nested_sync_vmcs12_to_shadow(): vmcs12 is up to date, L1 is about to run, preemption
+/// is off. The only place where the set of fields changes.
+#[no_mangle]
+extern "C" fn mtk_on_sync_shadow(vcpu: *mut bindings::kvm_vcpu, _cont: Continuation) -> Verdict {
+    // SAFETY: The hooked function's own argument.
+    let vcpu = unsafe { Vcpu::from_hook(vcpu) };
+    let mode = super::mode(NUMBER);
+    let handled = state::with(vcpu, |local, counters| {
+        let memory = &mut local.fields;
+        let vmcs12 = vcpu.vmcs12()?;
+        memory.extension.as_ref()?;
+        if vcpu.evmcs_is_mapped() || !vcpu.vmcs01_is_loaded() {
+            return None;
+        }
+        if mode == Mode::Off {
+            // Being given back: vmcs12 is up to date, so this is as good a place as any. Going on
+            // to the stock copy while extended would leave old values in the learned fields.
+            // SAFETY: L1 is about to run here, so the vCPU is loaded by this task.
+            unsafe { memory.withdraw(vcpu, counters.path::<NUMBER>(), &counters.fields) };
+            return None;
+        }
+        memory.stale |= memory.learner.switched();
+        // SAFETY: KVM is about to do the same, at the same place, with vmcs01 current.
+        unsafe { memory.restore(vcpu, vmcs12, mode == Mode::Check, &counters.fields) };
+        vcpu.set_vmcs12_newer(false);
+        Some(())
+    });
+    match handled {
+        Some(Some(())) => Verdict::handled(0),
+        _ => Verdict::STOCK,
+    }
+}
+
+/// Makes the vCPU's extension, which the next copy from vmcs12 puts to use. May sleep.
+#[cold]
+fn make_room(vcpu: Vcpu, hook: HookId) {
+    let section = InFlight::enter(hook);
+    let made = state::ensure(vcpu, &section)
+        && match state::with(vcpu, |local, _| {
+            local.fields.unfit || local.fields.extension.is_some()
+        }) {
+            Some(true) => true,
+            _ => match Extension::new(vcpu) {
+                Ok(extension) => {
+                    state::with(vcpu, |local, _| {
+                        local.fields.unfit = extension.is_none();
+                        local.fields.extension = extension;
+                        local.fields.stale = true;
+                    });
+                    true
+                }
+                Err(_) => false,
+            },
+        };
+    if !made {
+        super::count_stateless(NUMBER, Reason::NoState as usize);
+    }
+}
+
+/// Whether KVM lets L1 use the field on this host, at the place where we expect it.
+fn kvm_knows(number: Number) -> bool {
+    let Some(field) = FIELDS.get(number as usize) else {
+        return false;
+    };
+    // SAFETY: A pure function of a number.
+    let offset = unsafe { CallId::FIELD_OFFSET.call([field.encoding as usize, 0, 0]) };
+    offset.is_some_and(|o| o as i16 == field.offset as i16)
+}
+
+/// L1 has executed VMREAD or VMWRITE of a field that is not shadowed.
+fn accessed(raw: *mut bindings::kvm_vcpu, write: bool) {
+    // SAFETY: The hooked function's own argument.
+    let vcpu = unsafe { Vcpu::from_hook(raw) };
+    let mode = super::mode(NUMBER);
+    if mode == Mode::Off || vcpu.guest_mode() || vcpu.current_vmptr() == u64::MAX {
+        return;
+    }
+    // SAFETY: In a handler of an exit, the exited VMCS is current.
+    let Some(info) = (unsafe { vmx::vmread(vmx::VMX_INSTRUCTION_INFO) }) else {
+        return;
+    };
+    // Register 2 names the field (SDM table 29-14).
+    let Some(encoding) = vcpu.gpr((info >> 28 & 0xf) as usize) else {
+        return;
+    };
+
+    let room = state::with(vcpu, |local, counters| {
+        let count = counters.path::<NUMBER>();
+        let memory = &mut local.fields;
+        let Some(number) = fields::by_encoding(encoding) else {
+            fall_back(count, Reason::UnknownField);
+            return true;
+        };
+        if vcpu.evmcs_is_mapped() || vcpu.shadow_vmcs().is_none() {
+            fall_back(count, Reason::Evmcs);
+            return true;
+        }
+        let Some(class) = FIELDS.get(number as usize).map(|f| f.class) else {
+            return true;
+        };
+        let drops_reserved = || {
+            memory
+                .extension
+                .as_ref()
+                .is_some_and(|e| e.drops_reserved == Some(true))
+        };
+        let may_be_learned = match class {
+            _ if memory.unfit => false,
+            Class::Plain | Class::Late => true,
+            Class::AccessRights | Class::LateAccessRights => drops_reserved(),
+            Class::ExitInformation => vcpu.may_write_any_field(),
+            Class::Seen => false,
+        };
+        if !may_be_learned {
+            fall_back(count, Reason::Never);
+            return memory.unfit || memory.extension.is_some();
+        }
+        if write {
+            memory.written.insert(number);
+        }
+        fall_back(count, Reason::Learning);
+        if memory.learner.touched(number, class.is_late()) {
+            memory.stale = true;
+            if !kvm_knows(number) {
+                memory.learner.bar(number);
+                return true;
+            }
+            // Without an extension the shadow VMCS has what the stock code put there, and the copy
+            // that makes vmcs12 newer is the stock code's to make: wait for the next switch.
+            if memory.extension.is_some() && counters.fields.is_extended() {
+                // SAFETY: L1 has exited, so vmcs01 is loaded and the shadow VMCS up to date.
+                unsafe { memory.make_vmcs12_newer(vcpu, count) };
+            }
+        }
+        memory.extension.is_some()
+    });
+    if room != Some(true) {
+        make_room(
+            vcpu,
+            if write {
+                HookId::HANDLE_VMWRITE
+            } else {
+                HookId::HANDLE_VMREAD
+            },
+        );
+    }
+}
+
+/// Handler of handle_vmread(): learns, and lets the stock function run.
+#[no_mangle]
+extern "C" fn mtk_on_handle_vmread(vcpu: *mut bindings::kvm_vcpu, _cont: Continuation) -> Verdict {
+    accessed(vcpu, false);
+    Verdict::STOCK
+}
+
+/// Handler of handle_vmwrite(): learns, and lets the stock function run.
+#[no_mangle]
+extern "C" fn mtk_on_handle_vmwrite(vcpu: *mut bindings::kvm_vcpu, _cont: Continuation) -> Verdict {
+    accessed(vcpu, true);
+    Verdict::STOCK
+}
