@@ -13,7 +13,7 @@
 //! after `TRIAL + FADE * (2 + log2(n))` switches.
 
 /// Touches after which a field joins.
-pub const JOIN: u8 = 4;
+pub const JOIN: u8 = 2;
 /// Touches of all costly fields together, at least so many of which must not have faded for any of
 /// them to join. Shadowing costly fields costs about half an exit on each switch, however many they
 /// are, so they pay from one touch in two switches; this asks for one in each.
