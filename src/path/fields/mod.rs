@@ -92,13 +92,23 @@ fn fall_back(counters: &Counters, reason: Reason) {
     }
 }
 
+/// The path's mode; off while a livepatch has taken one of its functions over, so that the vCPUs go
+/// back to the stock code and to the patch.
+#[inline(always)]
+fn mode() -> Mode {
+    if PATH.hooks.iter().any(|hook| hook.livepatched()) {
+        Mode::Off
+    } else {
+        super::mode(NUMBER)
+    }
+}
+
 /// Handler of copy_shadow_to_vmcs12(): the shadow VMCS is up to date.
 #[no_mangle]
-extern "C" fn mtk_on_copy_shadow(vmx: *mut bindings::vcpu_vmx, cont: Continuation) -> Verdict {
-    let _ = cont;
+extern "C" fn mtk_on_copy_shadow(vmx: *mut bindings::vcpu_vmx, _cont: Continuation) -> Verdict {
     // SAFETY: The hooked function's own argument; kvm_vcpu is the first member of vcpu_vmx.
     let vcpu = unsafe { Vcpu::from_hook(vmx.cast()) };
-    let mode = super::mode(NUMBER);
+    let mode = mode();
     let handled = state::with(vcpu, |local, counters| {
         let memory = &mut local.fields;
         let extended = counters.fields.is_extended() && vcpu.vmcs01_is_loaded();
@@ -110,6 +120,8 @@ extern "C" fn mtk_on_copy_shadow(vmx: *mut bindings::vcpu_vmx, cont: Continuatio
         Some(())
     });
     match handled {
+        // A livepatch must run as well; what it copies is in vmcs12 already.
+        Some(Some(())) if HookId::COPY_SHADOW.livepatched() => {}
         Some(Some(())) => return Verdict::handled(0),
         _ if mode != Mode::Off && vcpu.vmcs01_is_loaded() => make_room(vcpu, HookId::COPY_SHADOW),
         _ => {}
@@ -123,7 +135,7 @@ extern "C" fn mtk_on_copy_shadow(vmx: *mut bindings::vcpu_vmx, cont: Continuatio
 extern "C" fn mtk_on_sync_shadow(vcpu: *mut bindings::kvm_vcpu, _cont: Continuation) -> Verdict {
     // SAFETY: The hooked function's own argument.
     let vcpu = unsafe { Vcpu::from_hook(vcpu) };
-    let mode = super::mode(NUMBER);
+    let mode = mode();
     let handled = state::with(vcpu, |local, counters| {
         let memory = &mut local.fields;
         let vmcs12 = vcpu.vmcs12()?;
@@ -190,7 +202,7 @@ fn kvm_knows(number: Number) -> bool {
 fn accessed(raw: *mut bindings::kvm_vcpu, write: bool) {
     // SAFETY: The hooked function's own argument.
     let vcpu = unsafe { Vcpu::from_hook(raw) };
-    let mode = super::mode(NUMBER);
+    let mode = mode();
     if mode == Mode::Off || vcpu.guest_mode() || vcpu.current_vmptr() == u64::MAX {
         return;
     }
