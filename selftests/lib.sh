@@ -231,7 +231,8 @@ slab_objects() {
 	awk 'NR > 2 && /^(kmalloc-|kernfs_node)/ { print $1, $2 }' /proc/slabinfo | sort
 }
 
-vmalloc_bytes() { awk '{ sum += $2 } END { printf "%d\n", sum }' /proc/vmallocinfo; }
+# vmalloc_bytes: what is allocated, without areas that are free and only wait to be unmapped in bulk.
+vmalloc_bytes() { awk '!/unpurged/ { sum += $2 } END { printf "%d\n", sum }' /proc/vmallocinfo; }
 
 # grown BEFORE AFTER LEAST: caches that hold LEAST more objects than before, which none should.
 grown() {
