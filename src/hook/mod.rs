@@ -397,6 +397,13 @@ pub(crate) fn detach(hooks: &mut [Option<Attached>; COUNT]) {
     }
 }
 
+/// Waits until every CPU has scheduled: no handler that runs with preemption off, and began before,
+/// runs any more.
+pub(crate) fn wait_for_atomic_handlers() {
+    // SAFETY: Process context; may sleep.
+    unsafe { bindings::synchronize_rcu_tasks_rude() };
+}
+
 /// Waits until no task is in any trampoline, all hooks being off: the last thing before this
 /// module's text is freed.
 pub(crate) fn settle() {

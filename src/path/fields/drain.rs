@@ -38,6 +38,9 @@ const PATIENCE: u32 = 50;
 /// the host is enough to bring it there); one that is out of KVM_RUN is done here, under its mutex;
 /// one that sleeps inside is sent out, as by a signal, and its VMM sees EINTR.
 pub(super) fn drain() {
+    // A handler that saw the old mode may be about to extend its vCPU. It does so with preemption
+    // off; once it is through, no vCPU is extended anew.
+    hook::wait_for_atomic_handlers();
     let mut any = false;
     state::for_each_vcpu(|_, counters| any |= counters.fields.is_extended());
     if !any {

@@ -295,6 +295,7 @@ impl Memory {
         }
     }
 }
+
 static REPORTED: AtomicBool = AtomicBool::new(false);
 
 #[cold]
