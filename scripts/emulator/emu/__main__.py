@@ -63,7 +63,9 @@ def arguments():
     add("--module", action="append", default=[], metavar="NAME", help="load one more of the kernel's modules")
     add("--prof", action="store_true", help="use the instrumented emulator (slower; see scripts/profile)")
     add("--model", default="corei7_skylake_x", help=argparse.SUPPRESS)
-    add("--ips", type=int, default=3500000000, help=argparse.SUPPRESS)
+    add("--ips", type=int, default=int(os.environ.get("MATRYOSHKA_IPS") or 3500000000), metavar="N",
+        help="instructions that L0 takes for a second (default $MATRYOSHKA_IPS or 3500000000). Fewer make what waits for "
+             "timers shorter, such as RCU's grace periods, and interrupt more often what is measured")
     add("--kernel-tree", metavar="DIR", help="directory with vmlinuz and the module tree (default: from scripts/lab)")
     add("--emulator", metavar="DIR", help="directory with the emulator (default: from scripts/lab)")
     add("--busybox", metavar="FILE", help="static busybox (default: the lab's)")
