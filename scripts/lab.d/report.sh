@@ -115,8 +115,13 @@ stale() {
 	local piece
 	local -A used=()
 	STALE=()
-	find_root; use_emu
-	used[$ROOT]=1 used[$EMU_DIR]=1
+	find_root
+	used[$ROOT]=1
+	# Both emulators, the own one and the fall-back: which of them is asked for changes from call to call.
+	for piece in '' package; do
+		MATRYOSHKA_EMULATOR=$piece use_emu
+		[ -z "$EMU_DIR" ] || used[$EMU_DIR]=1
+	done
 	for piece in "$CACHE"/kernel-*/; do
 		use_kernel "$(basename -- "${piece#*/kernel-}")"; use_guest; use_builds
 		used[$GUEST_DIR]=1 used[$MODULE_DIR]=1 used[$GUEST_MODULE_DIR]=1
@@ -147,7 +152,8 @@ cmd_clean() {
 	tool) what=('target-*') ;;
 	module) what=('mod-*') ;;
 	stale) stale; what=("${STALE[@]}") ;;
-	all) what=('root-*' 'kernel-*' 'source-*' 'guest-*' 'emu-*' 'mod-*' 'target-*' 'check-*' 'kdir-*' cargo dl log mmdebstrap) ;;
+	all) what=('root-*' 'kernel-*' 'source-*' 'guest-*' 'emu-*' 'mod-*' 'target-*' 'check-*' 'kdir-*' 'kvm-selftests-*' cargo dl log mmdebstrap
+		test-times emu-times.json) ;;
 	*) usage_error "clean: no such piece: $1" ;;
 	esac
 	[ -d "$CACHE" ] || { note "nothing to remove"; return; }
