@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! Links the payload for bare metal although it is compiled for the host's own target: no C runtime,
 //! no dynamic linking, and our own layout.
 

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! Are these the counts of last time?
 
 use crate::report::{Counts, Report, Row};

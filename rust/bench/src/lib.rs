@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! `matryoshka bench`: starts nested stacks, has their payloads measure one configuration of the
 //! module after the other, and reports.
 //!

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! Which stacks to start and how many samples to take, so that a run ends while somebody is waiting.
 
 use protocol::{Op, OpSpec, Pattern};

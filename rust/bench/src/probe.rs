@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! `matryoshka bench --test`: the payload's correctness tests in each configuration, and whether their
 //! logs agree. A log says what a guest could see; two configurations must not differ in a byte of it.
 

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! Progress of a run: a bar on a terminal, and a line for each step elsewhere.
 
 use std::io::IsTerminal;

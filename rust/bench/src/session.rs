@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! One run: the stacks one after the other, each with all its rounds.
 
 use std::collections::VecDeque;

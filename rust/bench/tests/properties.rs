@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! What holds for any samples, rows and reports, not only for those of one machine.
 
 use bench::compare::{compare, difference};

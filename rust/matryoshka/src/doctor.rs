@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! `matryoshka doctor`: is this host fit, and if not, what to do.
 
 use std::fs;

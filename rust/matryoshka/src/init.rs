@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! The tool as PID 1 of a guest: the init of one level of a stack.
 //!
 //! It mounts what it needs, loads KVM, runs the next level and hands that one's

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! matryoshka: starts nested stacks, tunes the module and reads its counters.
 //!
 //! One static program for every place: on the host it is the command, and as

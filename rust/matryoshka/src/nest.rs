@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! `matryoshka nest`: a stack of machines with a real KVM at every level.
 
 use std::io::Write;

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! `matryoshka status` and `matryoshka set`: the module through sysfs.
 
 use clap::Args;

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! A terminal in raw mode, put back when done.
 
 use std::os::fd::RawFd;

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! `matryoshka watch`: the counters, live.
 
 use std::collections::BTreeMap;

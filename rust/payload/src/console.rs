@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! Whole lines to the VMM through its mailbox: one exit each, so that a line cannot be torn and costs
 //! little even where an exit costs millions of instructions.
 

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! The innermost guest of a nested stack: a small hypervisor with one guest of its own.
 //!
 //! It runs on no operating system, so that nothing but what it does itself shows up in its counts. It

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! Zeroed pages, handed out from the end of the image on and never taken back one by one.
 
 use core::cell::Cell;

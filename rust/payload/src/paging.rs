@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! The payload's own page tables: the first 4 GiB, identity-mapped with 2 MiB pages. The touch region
 //! lies in there; what is counted of it is the mapping below, in the EPT, which is by 4 KiB pages.
 

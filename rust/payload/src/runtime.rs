@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! The five functions that compiled code calls without being asked to. On the host's target they come
 //! from the C library, which is not there. String instructions, so that the compiler cannot turn the
 //! body of one into a call of itself.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! From the VMM's 64-bit entry to Rust: a stack, and SSE, which the compiler uses for copies.
 
 use core::arch::global_asm;

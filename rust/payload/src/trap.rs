@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! GDT, TSS and IDT of our own, and catching faults of single instructions.
 //!
 //! Many tests execute an instruction that may fault. Such an instruction sits between [`guard!`]'s note

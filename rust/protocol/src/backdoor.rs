@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! The laboratory emulator's backdoor.
 //!
 //! XGETBV does not exit in VMX non-root operation, so these counters can be read at any depth

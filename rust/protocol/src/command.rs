@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! What L0 tells the payload to do next, and how the levels between are to be set for it.
 
 /// How the module is to be set while a round runs.

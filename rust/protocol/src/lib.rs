@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! What the levels of a nested stack say to each other.
 //!
 //! The VMM of a level, the payload it runs and the benchmark on L0 are three programs that meet only

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! The lines a payload prints, and reading them back on L0.
 //!
 //! Results travel as text through the console port of every level, mixed with whatever else those

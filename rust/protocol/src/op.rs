@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! The operations that are measured, and how a list of them is written.
 
 /// One operation. Its depth is the level that executes it, which for some is the payload's child.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! The control device that a level's VMM shows to what it runs.
 //!
 //! Ports rather than MMIO: an I/O exit needs no instruction decoding on any level, so the device

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! Statistics that an interrupt cannot spoil.
 //!
 //! The cost of an operation is a fixed number of instructions, except when something asynchronous

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! The laboratory emulator's exit counter ([`protocol::backdoor`]), read from user
 //! space at any level.
 

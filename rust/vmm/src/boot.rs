@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! Starting a guest in 64-bit mode: Linux by its 64-bit boot protocol
 //! (Documentation/arch/x86/boot.rst, "64-bit Boot Protocol"), and the state of
 //! the boot processor that it shares with the bare-metal payloads.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! Console text on its way up: bytes become lines, lines carry their level.
 
 use std::io::{self, Write};

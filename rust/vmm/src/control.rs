@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! The control device: how what runs in a machine talks to the VMM that runs it.
 //!
 //! The ports and their meaning are [`protocol::ports`].

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! Writing an initramfs: the "newc" cpio format, unpacked
 //! (Documentation/driver-api/early-userspace/buffer-format.rst).
 

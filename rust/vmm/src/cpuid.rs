@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! What CPUID answers in the guest: KVM's own list with the few leaves mended
 //! that depend on this machine.
 

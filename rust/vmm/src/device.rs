@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! The port I/O devices of a machine: COM1, the reset lines, the control device.
 
 use vm_memory::{Bytes, GuestAddress};

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! What is shown of a vCPU that came to a bad end.
 
 use std::fmt::Write;

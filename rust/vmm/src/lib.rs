@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! A small virtual machine monitor on the rust-vmm crates.
 //!
 //! It does one thing: run one level of a nested stack. What it runs is either

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! One virtual machine: made from a [`Config`], run to its [`Exit`].
 
 use std::collections::BTreeMap;

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! Guest memory: the main memory and the touch region.
 
 use std::ptr::null_mut;

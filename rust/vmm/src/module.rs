@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! The Matryoshka module as user space sees it: loading, unloading and
 //! /sys/kernel/matryoshka (Documentation/ABI).
 

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! The MultiProcessor table (Intel MultiProcessor Specification 1.4).
 //!
 //! A guest without ACPI learns its CPUs, its I/O APIC and where the ISA

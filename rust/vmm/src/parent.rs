@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! The other end of the control device: what a tool that runs inside one of our
 //! guests says to the VMM that runs it.
 

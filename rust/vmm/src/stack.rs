@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! A stack of machines: what runs at which level, and how the same files nest
 //! themselves.
 //!

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! KVM's binary statistics (KVM_GET_STATS_FD, Documentation/virt/kvm/api.rst).
 
 use std::collections::BTreeMap;

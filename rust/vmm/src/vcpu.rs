@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! One virtual CPU: its state at the start and its loop of exits.
 
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! Measuring: the bracket around an operation, and a round of all that was asked for.
 
 mod ops;

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! First touches of pages, counted over whole passes: levels below fill several entries at one fault,
 //! so single touches fall into two kinds, and what they cost on average per page is what a guest feels.
 

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! A child in a good steady state, and what comes of disturbing it.
 
 use core::fmt;

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! Consistency checks of the VM-execution, VM-exit and VM-entry control fields (SDM volume 3, 27.2.1),
 //! violated one at a time. Each failure is an error 7 that must leave no trace: the next entry is good.
 

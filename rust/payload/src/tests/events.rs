@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! Exceptions of the child, which of them leave it, and events injected into it.
 
 use core::arch::asm;

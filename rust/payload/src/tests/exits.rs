@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! Instructions that leave the child: reason, qualification and the rest, once for each.
 
 use core::arch::asm;

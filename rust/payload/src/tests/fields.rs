@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! Every field: what a fresh VMCS holds, what writing does to it, and that each VMCS keeps its own.
 
 use super::bed::{calls, Bed};

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! Consistency checks of the guest-state area (SDM volume 3, 27.3.1), violated one at a time. Each is a
 //! VM exit with the entry-failure bit, which loads the host state and leaves the VMCS as it was.
 

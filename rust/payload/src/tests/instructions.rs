@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! The VMX instructions outside and inside VMX operation, and every way for each to fail.
 
 use super::bed::{calls, Bed};

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! Correctness tests: what a guest hypervisor sees of VMX, as a log without anything that varies.
 //!
 //! Most lines say what happened, not whether it was right: the log of stock KVM is the reference, and the

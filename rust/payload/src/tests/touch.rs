@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! What the child may touch, for every kind of last-level EPT entry, and what its exit says.
 
 use core::arch::asm;

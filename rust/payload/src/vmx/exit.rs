@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! Basic exit reasons (SDM volume 3, appendix C) that the payload acts upon.
 
 /// The child executed VMCALL.

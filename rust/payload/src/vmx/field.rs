@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! The VMCS fields (SDM volume 3, appendix B), declared once: constants to use and a table to walk.
 
 macro_rules! fields {

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! VMX as the payload uses it: root operation, one child at a time.
 
 pub mod child;

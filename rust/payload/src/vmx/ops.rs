@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! The VMX instructions, with every way in which they can fail.
 
 use core::arch::asm;

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! Filling in a VMCS for a 64-bit child that shares the payload's memory and page tables.
 
 use super::ops::{vmclear, vmptrld, vmread, vmwrite, VmxError};
