@@ -7,6 +7,7 @@
 //! the last agree says that nothing else drifted.
 
 pub mod args;
+pub mod code;
 pub mod compare;
 pub mod host;
 pub mod plan;
@@ -19,29 +20,7 @@ pub mod table;
 use std::process::ExitCode;
 
 pub use args::BenchArgs;
-
-/// How a benchmark can end, as exit status.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Code {
-    /// Everything asked for was measured, and agrees with what it was compared with.
-    Ok = 0,
-    /// Something failed, or differs.
-    Failed = 1,
-    /// The arguments contradict each other.
-    Usage = 2,
-    /// This host cannot run it.
-    Unfit = 3,
-    /// The module is needed and not there.
-    NoModule = 4,
-    /// A guest crashed or did not end in time.
-    Guest = 5,
-}
-
-impl From<Code> for ExitCode {
-    fn from(code: Code) -> ExitCode {
-        ExitCode::from(code as u8)
-    }
-}
+pub use code::Code;
 
 /// What went wrong: the exit status and what to say.
 #[derive(Debug)]
@@ -49,12 +28,7 @@ pub struct Failure(pub Code, pub String);
 
 impl From<vmm::Error> for Failure {
     fn from(error: vmm::Error) -> Failure {
-        let code = match error {
-            vmm::Error::Module(_) => Code::NoModule,
-            vmm::Error::Kvm { .. } => Code::Failed,
-            _ => Code::Unfit,
-        };
-        Failure(code, error.to_string())
+        Failure(Code::from(&error), error.to_string())
     }
 }
 

@@ -15,39 +15,10 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// How the tool ends; the numbers are part of its interface (see --help).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Code {
-    /// All well.
-    Ok = 0,
-    /// Something failed that has no number of its own.
-    Failed = 1,
-    /// Wrong arguments (clap's own number).
-    Usage = 2,
-    /// This host is not fit: no KVM, no nesting, files missing.
-    Unfit = 3,
-    /// The module is not loaded, or cannot be.
-    NoModule = 4,
-    /// A guest crashed, reset itself or ran out of time.
-    Guest = 5,
-}
-
-impl From<Code> for ExitCode {
-    fn from(c: Code) -> ExitCode {
-        ExitCode::from(c as u8)
-    }
-}
-
-const CODES: &str = "Exit status:
-  0  all well
-  1  something failed; with nest: or the status that the innermost level ended with
-  2  wrong arguments
-  3  this host is not fit (no /dev/kvm, no nested VMX, files missing): see `matryoshka doctor`
-  4  the module is not loaded, or cannot be loaded
-  5  a guest crashed, reset itself or did not end in time";
+pub use bench::Code;
 
 #[derive(Parser)]
-#[command(name = "matryoshka", version, after_help = CODES, max_term_width = 100)]
+#[command(name = "matryoshka", version, after_help = bench::code::HELP, max_term_width = 100)]
 /// Cheap nested virtualization at every depth: starts stacks of virtual machines inside virtual
 /// machines, tunes the Matryoshka kernel module and reads its counters.
 ///

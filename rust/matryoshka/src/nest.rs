@@ -238,11 +238,7 @@ pub fn run(args: NestArgs) -> ExitCode {
     match outcome {
         Err(e) => {
             complain(&e);
-            match e {
-                Error::Kvm { .. } => Code::Failed.into(),
-                Error::Module(_) => Code::NoModule.into(),
-                _ => Code::Unfit.into(),
-            }
+            Code::from(&e).into()
         }
         Ok(o) => {
             if args.verbose > 0 {
