@@ -95,6 +95,14 @@ check: lab
 RELEASE = $(or $(shell cat $(KDIR)/include/config/kernel.release 2>/dev/null),$(KVER))
 MODULES = $(OUT)/modules-$(RELEASE)
 kbuild = $(MAKE) -C $(KDIR) $(shell scripts/check-kdir --flags $(KDIR)) M=$(CURDIR)
+# The key that a distribution signs with is in no tree of ours; kbuild would complain of that and go on.
+unsigned = $(if $(wildcard $(KDIR)/certs/signing_key.x509),,CONFIG_MODULE_SIG_ALL=)
+# Nor is its System.map, without which kbuild leaves depmod out. Where there is no kernel beside the module (packages are
+# put together so) it is left out here as well.
+moddir = $(INSTALL_MOD_PATH)/lib/modules/$(RELEASE)
+depmod = if [ ! -f $(KDIR)/System.map ] && [ -f $(moddir)/modules.builtin ]; then \
+	depmod=$$(PATH=$$PATH:/usr/sbin:/sbin command -v depmod) && echo '  DEPMOD  $(moddir)' && \
+	$$depmod $(if $(INSTALL_MOD_PATH),-b $(INSTALL_MOD_PATH)) $(RELEASE); fi
 
 modules:
 	@scripts/check-kdir $(KDIR)
@@ -103,15 +111,16 @@ modules:
 	@echo 'built $(MODULES)/matryoshka.ko'
 
 modules_install:
-	@test -f $(MODULES)/matryoshka.ko || { echo 'nothing is built yet: make modules' >&2; exit 1; }
-	+$(kbuild) MO=$(MODULES) modules_install
+	@test -f $(MODULES)/matryoshka.ko || { echo 'nothing is built for kernel $(RELEASE) yet: make modules, with the same KDIR' >&2; exit 1; }
+	+$(kbuild) $(unsigned) MO=$(MODULES) modules_install
+	@$(depmod)
 
-# dkms.conf calls this, with KVER and KDIR.
+# dkms.conf calls this, with KVER and KDIR. DKMS sets CC, not always to what built the kernel.
 dkms:
 	@mkdir -p $(OUT)/dkms
 	@if scripts/check-kdir $(KDIR) 2>/dev/null; then kdir=$(KDIR); else \
 		kdir=$$(KDIR_HEADERS=$(KDIR) $(LAB) prepare-kdir --kernel $(KVER)) || exit 1; fi && \
-	$(MAKE) -C $$kdir $$(scripts/check-kdir --flags $$kdir) M=$(CURDIR) MO=$(OUT)/dkms modules
+	$(MAKE) -C $$kdir $$(CC= scripts/check-kdir --flags $$kdir) M=$(CURDIR) MO=$(OUT)/dkms modules
 
 install:
 	@scripts/install

@@ -4,6 +4,13 @@
 # For the kernel that this machine itself runs: a source tree with the Rust metadata that Debian's headers package
 # lacks, made with this machine's own packages and compilers. DKMS calls this before it builds the module.
 
+kdir_missing() {
+	die "$1 is missing" \
+	    "apt-get install ${KDIR_CC#x86_64-linux-gnu-} rustc rust-src bindgen make bc bison flex perl python3 pahole libelf-dev libssl-dev xz-utils" \
+	    "Or build in the lab, which has them: scripts/lab setup --kernel $KVER &&" \
+	    "scripts/lab build-module --for host --kernel $KVER"
+}
+
 # kdir_tools CONFIG: the compilers have to be the ones that built the kernel.
 kdir_tools() {
 	local config=$1 want have tool source
@@ -12,11 +19,11 @@ kdir_tools() {
 	KDIR_CC=$(sed -n 's/^CONFIG_CC_VERSION_TEXT="\([^ "]*\).*/\1/p' "$config")
 	want=$(sed -n 's/^CONFIG_RUSTC_VERSION_TEXT="\(.*\)"$/\1/p' "$config")
 	RUSTC=${RUSTC:-$([ -x /usr/bin/rustc ] && echo /usr/bin/rustc || echo rustc)}
-	for tool in "$KDIR_CC" "$RUSTC" bindgen make bc bison flex xz perl; do
-		command -v "$tool" >/dev/null || die "$tool is missing" \
-			"apt-get install gcc-14 rustc rust-src bindgen make bc bison flex libelf-dev libssl-dev xz-utils" \
-			"Or build in the lab, which has them: scripts/lab setup --kernel $KVER &&" \
-			"scripts/lab build-module --for host --kernel $KVER"
+	for tool in "$KDIR_CC" "$RUSTC" bindgen make bc bison flex xz perl python3 pahole; do
+		command -v "$tool" >/dev/null || kdir_missing "$tool"
+	done
+	for tool in libelf.h openssl/opensslv.h; do
+		printf '#include <%s>\n' "$tool" | "$KDIR_CC" -E - >/dev/null 2>&1 || kdir_missing "the header $tool"
 	done
 	have=$("$RUSTC" --version)
 	[ "$have" = "$want" ] || die "kernel $KVER was built with $want, and $RUSTC is $have" \
@@ -48,20 +55,31 @@ kdir_source() {
 
 # The steps of the plan; variables come from cmd_prepare_kdir.
 kdir_unpack() {
-	rm -rf -- "$KDIR.part" && mkdir -p -- "$KDIR.part"
+	rm -rf -- "$KDIR" "$KDIR.part" && mkdir -p -- "$KDIR.part"
 	tar -xf "$KDIR_TARBALL" --strip-components=1 -C "$KDIR.part"
 	cp -- "$KDIR_HEADERS/.config" "$KDIR.part/.config"
 	cp -- "$KDIR_HEADERS/Module.symvers" "$KDIR.part/Module.symvers"
-	rm -rf -- "$KDIR"
+	: >"$KDIR.part/.lab"
 	mv -- "$KDIR.part" "$KDIR"
+	case $KDIR_TARBALL in "$CACHE"/*) rm -f -- "$KDIR_TARBALL" ;; esac
 }
 
 kdir_make() {
-	local cross=${KDIR_CC%gcc*}
+	local cross=${KDIR_CC%gcc*} different
 	make -C "$KDIR" -j"$JOBS" KERNELRELEASE="$KVER" CC="$KDIR_CC" CROSS_COMPILE="$cross" RUSTC="$RUSTC" \
 		prepare modules_prepare
 	[ -f "$KDIR/rust/libkernel.rmeta" ]
+	# Kconfig quietly drops what this machine's tools cannot do. A tool's version alone changes nothing.
+	different=$(diff <(grep -v '_VERSION' "$KDIR_HEADERS/.config") <(grep -v '_VERSION' "$KDIR/.config") | grep '^[<>]' || true)
+	[ -z "$different" ] ||
+		die "with this machine's tools the configuration of $KVER comes out different (< Debian's, > here):" \
+		    "$(head -n 5 <<<"$different")" \
+		    "A tool is older than the one that the kernel was built with: upgrade it, or build in the lab:" \
+		    "scripts/lab setup --kernel $KVER && scripts/lab build-module --for host --kernel $KVER"
 	mark_ready "$KDIR"
+	# Most of the source is only for the kernel itself; a machine has such a tree for each of its kernels.
+	rm -rf -- "$KDIR"/{Documentation,drivers,fs,net,samples,sound} "$KDIR"/tools/{perf,testing}
+	find "$KDIR/arch" -mindepth 1 -maxdepth 1 -type d ! -name x86 -exec rm -rf -- {} +
 }
 
 cmd_prepare_kdir() {
@@ -81,6 +99,8 @@ cmd_prepare_kdir() {
 	[ -f "$KDIR_HEADERS/.config" ] && [ -f "$KDIR_HEADERS/Module.symvers" ] ||
 		die "the headers of kernel $KVER are not in $KDIR_HEADERS" \
 		    "apt-get install linux-headers-$KVER (only Debian's own kernels are known to work), or point KDIR_HEADERS at them."
+	[ ! -e "$KDIR" ] || [ -e "$KDIR/.lab" ] || rmdir -- "$KDIR" 2>/dev/null ||
+		die "$KDIR is there already and was not made by this command" "Name a directory that is not there yet."
 	kdir_tools "$KDIR_HEADERS/.config"
 	if ready "$KDIR" && cmp -s "$KDIR_HEADERS/Module.symvers" "$KDIR/Module.symvers"; then
 		note "$KDIR is prepared already"
@@ -89,8 +109,12 @@ cmd_prepare_kdir() {
 	fi
 	command -v dpkg-query >/dev/null || die "this is no Debian system, and only Debian's kernels are known to work"
 	take_lock kdir
-	kdir_source
-	[ -f "$KDIR/.config" ] && cmp -s "$KDIR_HEADERS/.config" "$KDIR/.config" || step "kernel source" kdir_unpack 25 0
+	# What an interrupted preparation left serves, unless the kernel's packages are others meanwhile.
+	if [ ! -d "$KDIR/drivers" ] || ! cmp -s "$KDIR_HEADERS/.config" "$KDIR/.config" ||
+	   ! cmp -s "$KDIR_HEADERS/Module.symvers" "$KDIR/Module.symvers"; then
+		kdir_source
+		step "kernel source" kdir_unpack 25 0
+	fi
 	step "kernel metadata for Rust" kdir_make 95 215
 	run_plan >&2
 	say "$KDIR"

@@ -75,6 +75,11 @@ step_failed() {
 	if grep -q '^lab: error: ' -- "$2"; then
 		tac -- "$2" | sed '/^lab: error: /q' | tac
 	else
+		# With several jobs make goes on for a while after the one that failed.
+		if grep -q '^make.*\*\*\* .* Error ' -- "$2"; then
+			printf '     The first error:\n'
+			grep -m 1 -B 8 '^make.*\*\*\* .* Error ' -- "$2" | sed 's/^/  | /'
+		fi
 		printf '     Its last lines were:\n'
 		tail -n 15 -- "$2" | sed 's/^/  | /'
 	fi
