@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 from . import __main__ as emu
+from .demangle import readable
 from .symbols import Symbols
 
 HELP = """\
@@ -154,7 +155,11 @@ def fold(profile, regions, levels, resolver):
             if frames[-1] != leaf and not leaf.startswith(PLUMBING):
                 frames += (leaf,)
             stacks[frames] += count
-    return stacks
+    names = readable({name for frames in stacks for name in frames})
+    plain = collections.Counter()
+    for frames, count in stacks.items():
+        plain[tuple(names.get(name, name) for name in frames)] += count
+    return plain
 
 
 def exits(regions, levels):
