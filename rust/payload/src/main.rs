@@ -62,7 +62,7 @@ extern "C" fn payload_main(info: *const PayloadInfo) -> ! {
             Ok(Command::Profile { .. }) => {
                 failed |= !meter.profile(info.arg("profile").unwrap_or("hypercall"));
             }
-            Ok(Command::Test { .. }) => tests::run(info.arg("tests").unwrap_or("all")),
+            Ok(Command::Test { .. }) => tests::run(info.arg("tests").unwrap_or("all"), info.level),
             Err(word) => {
                 error!("no such command: {word:#x}");
                 control::done(Exit::Protocol);

@@ -17,6 +17,13 @@ const EPT_PAGES: u64 = 512;
 /// What an attempt to enter came to.
 pub struct Outcome(Result<(), VmxError>);
 
+impl Outcome {
+    /// Did the entry itself fail, so that no exit was recorded?
+    pub fn failed(&self) -> bool {
+        self.0.is_err()
+    }
+}
+
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Err(error) = self.0 {
@@ -99,6 +106,21 @@ impl Bed {
         self.launched = false;
         self.registers = Registers::default();
         self.child.prepare(features, program)
+    }
+
+    /// The group whose tests this is for.
+    pub fn group(&self) -> &'static str {
+        self.group
+    }
+
+    /// The child's general registers, as it left them.
+    pub fn registers(&mut self) -> &mut Registers {
+        &mut self.registers
+    }
+
+    /// Somebody has cleared the VMCS.
+    pub fn not_launched(&mut self) {
+        self.launched = false;
     }
 
     /// Enters, with the instruction that is due.

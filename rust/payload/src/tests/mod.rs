@@ -15,7 +15,13 @@ mod fields;
 mod guest_state;
 mod host_state;
 mod instructions;
+mod launches;
+mod links;
+mod model;
+mod script;
+mod shadowing;
 mod touch;
+mod turns;
 
 use crate::vmx::ops::{vmxoff, vmxon, VmxError};
 use crate::{error, line, memory};
@@ -23,41 +29,58 @@ use crate::{error, line, memory};
 /// A named group of tests.
 struct Group {
     name: &'static str,
-    run: fn() -> Result<(), VmxError>,
+    /// Is told the level at which the payload runs: an exit costs sixteen times as much at the next.
+    run: fn(u32) -> Result<(), VmxError>,
 }
 
 const GROUPS: &[Group] = &[
     Group {
         name: "instructions",
-        run: instructions::run,
+        run: |_| instructions::run(),
     },
     Group {
         name: "fields",
-        run: fields::run,
+        run: |_| fields::run(),
     },
     Group {
         name: "controls",
-        run: controls::run,
+        run: |_| controls::run(),
     },
     Group {
         name: "host_state",
-        run: host_state::run,
+        run: |_| host_state::run(),
     },
     Group {
         name: "guest_state",
-        run: guest_state::run,
+        run: |_| guest_state::run(),
     },
     Group {
         name: "exits",
-        run: exits::run,
+        run: |_| exits::run(),
     },
     Group {
         name: "events",
-        run: events::run,
+        run: |_| events::run(),
     },
     Group {
         name: "memory",
-        run: touch::run,
+        run: |_| touch::run(),
+    },
+    Group {
+        name: "turns",
+        run: turns::run,
+    },
+    Group {
+        name: "launches",
+        run: launches::run,
+    },
+    Group {
+        name: "shadowing",
+        run: shadowing::run,
+    },
+    Group {
+        name: "links",
+        run: links::run,
     },
 ];
 
@@ -70,7 +93,7 @@ macro_rules! log {
 use log;
 
 /// Runs the groups named in `which`, separated by commas; `all` names them all.
-pub fn run(which: &str) {
+pub fn run(which: &str, level: u32) {
     for name in which.split(',') {
         if name != "all" && !GROUPS.iter().any(|group| group.name == name) {
             error!("no such group of tests: {name}");
@@ -86,7 +109,7 @@ pub fn run(which: &str) {
             .split(',')
             .any(|name| name == "all" || name == group.name)
         {
-            if let Err(why) = (group.run)() {
+            if let Err(why) = (group.run)(level) {
                 // The group could not go on; that it could not is part of the log.
                 log!("{}: FAIL: ended early: {}", group.name, why);
             }
