@@ -37,10 +37,12 @@ extern const struct mtk_hook_entry mtk_call_table[];
  * @a0: first argument
  * @a1: second argument
  * @a2: third argument
+ * @a3: fourth argument
+ * @a4: fifth argument
  *
  * IBT forbids an indirect call into the middle of a function; a return is allowed.
  */
 unsigned long mtk_call_stock(unsigned long continuation, unsigned long a0, unsigned long a1,
-			     unsigned long a2);
+			     unsigned long a2, unsigned long a3, unsigned long a4);
 #endif /* __ASSEMBLY__ */
 #endif /* MTK_HOOK_ABI_H */

@@ -27,11 +27,15 @@
 	HOOK(handle_vmwrite, kvm_intel, handle_vmwrite, 1)		\
 	HOOK(copy_shadow, kvm_intel, copy_shadow_to_vmcs12, 1)		\
 	HOOK(sync_shadow, kvm_intel, nested_sync_vmcs12_to_shadow, 1)	\
+	HOOK(handle_vmptrld, kvm_intel, handle_vmptrld, 1)		\
+	HOOK(handle_vmclear, kvm_intel, handle_vmclear, 1)		\
+	HOOK(free_nested, kvm_intel, free_nested, 1)			\
+	HOOK(vcpu_put, kvm, vcpu_put, 1)				\
 	HOOK(enter_guest, kvm_intel, vmx_prepare_switch_to_guest, 1)
 
 /*
- * KVM functions that Matryoshka calls and does not hook: CALL(id, module, symbol, nargs), with the
- * same checks. Each is reached by a return, never by an indirect call (IBT).
+ * KVM functions that Matryoshka calls: CALL(id, module, symbol, nargs), with the same checks, up to 5
+ * arguments. Each is reached by a return, never by an indirect call (IBT).
  */
 #define MTK_CALLS(CALL)							\
 	CALL(vcpu_load, kvm, vcpu_load, 1)				\
@@ -39,4 +43,12 @@
 	CALL(wake_up, kvm, kvm_vcpu_wake_up, 1)				\
 	CALL(load_vmcs, kvm_intel, vmx_vcpu_load_vmcs, 2)		\
 	CALL(sync_rare, kvm_intel, sync_vmcs02_to_vmcs12_rare, 2)	\
-	CALL(field_offset, kvm_intel, get_vmcs12_field_offset, 1)
+	CALL(field_offset, kvm_intel, get_vmcs12_field_offset, 1)	\
+	CALL(set_current_vmptr, kvm_intel, set_current_vmptr, 2)	\
+	CALL(disable_shadow, kvm_intel, vmx_disable_shadow_vmcs, 1)	\
+	CALL(get_rflags, kvm_intel, vmx_get_rflags, 1)			\
+	CALL(set_rflags, kvm_intel, vmx_set_rflags, 2)			\
+	CALL(skip_instruction, kvm, kvm_skip_emulated_instruction, 1)	\
+	CALL(free_roots, kvm, kvm_mmu_free_roots, 3)			\
+	CALL(gfn_to_memslot, kvm, kvm_vcpu_gfn_to_memslot, 2)		\
+	CALL(write_guest_page, kvm, kvm_write_guest_page, 5)

@@ -8,6 +8,7 @@
 #include <linux/delay.h>
 #include <linux/fs.h>
 #include <linux/ftrace.h>
+#include <linux/gfp.h>
 #include <linux/kobject.h>
 #include <linux/kprobes.h>
 #include <linux/module.h>
@@ -17,6 +18,7 @@
 #include <linux/pid_namespace.h>
 #include <linux/rcupdate.h>
 #include <linux/sched.h>
+#include <linux/srcu.h>
 #include <linux/sysfs.h>
 #include "vmx/vmx.h"
 #include "vmx/nested.h"
@@ -25,6 +27,13 @@
 #include "mmu/mmu_internal.h"
 
 #include "hook_abi.h"
+
+/* Macros that bindgen cannot work out. */
+enum {
+	MTK_GFP_ZEROED = GFP_KERNEL_ACCOUNT | __GFP_ZERO | __GFP_NOWARN,
+	MTK_MMU_ROOTS_ALL = KVM_MMU_ROOTS_ALL,
+	MTK_VMCS12_REVISION = VMCS12_REVISION,
+};
 
 /* Bits of kvm_vcpu_arch.regs_avail. */
 enum {

@@ -172,6 +172,12 @@ impl Control {
             let was = path::mode(n);
             path::set_mode(n, Mode::Off);
             if let Some(drain) = p.drain.filter(|_| was != Mode::Off) {
+                for &id in p.drain_hooks {
+                    // Without it the drain waits until vCPUs leave KVM_RUN.
+                    if self.attach(id).is_err() {
+                        pr_warn!("cannot hook {:?} to switch a path off\n", id.symbol());
+                    }
+                }
                 drain();
             }
         }
@@ -207,6 +213,7 @@ impl Control {
         for n in 0..path::COUNT {
             path::set_mode(n, self.effective(n));
         }
+        exits::set_counting(self.accounting);
     }
 
     fn meet(&mut self, fault: usize) {

@@ -33,7 +33,7 @@ static EXPECTED: &[Expected] = &expect! {
     vcpu_vt { exit_reason }
     nested_vmx {
         current_vmptr, cached_vmcs12, need_vmcs12_to_shadow_sync, dirty_vmcs12,
-        need_sync_vmcs02_to_vmcs12_rare, vmcs02, msrs,
+        need_sync_vmcs02_to_vmcs12_rare, vmcs02, msrs, vmxon, vmxon_ptr, posted_intr_nv,
     }
     nested_vmx_msrs { misc_low, secondary_ctls_high }
     loaded_vmcs { vmcs, shadow_vmcs, cpu }
@@ -43,8 +43,14 @@ static EXPECTED: &[Expected] = &expect! {
         guest_pml_index,
     }
     kvm_vcpu { kvm, arch, run }
-    kvm_vcpu_arch { regs_avail, cr0, cr4, hflags, nested_run_pending }
-    kvm { arch }
+    kvm_vcpu_arch {
+        regs, regs_avail, cr0, cr4, efer, hflags, mmu, guest_mmu, nested_run_pending,
+        reserved_gpa_bits,
+    }
+    kvm_mmu { root_role, root, prev_roots }
+    kvm_mmu_root_info { hpa }
+    kvm { arch, srcu }
+    kvm_memory_slot { base_gfn, npages, userspace_addr, flags }
     kvm_arch { disabled_quirks }
 };
 

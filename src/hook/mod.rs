@@ -79,6 +79,14 @@ call_ids! {
     LOAD_VMCS = mtk_call_id_MTK_CALL_load_vmcs;
     FIELD_OFFSET = mtk_call_id_MTK_CALL_field_offset;
     SYNC_RARE = mtk_call_id_MTK_CALL_sync_rare;
+    SET_CURRENT_VMPTR = mtk_call_id_MTK_CALL_set_current_vmptr;
+    DISABLE_SHADOW = mtk_call_id_MTK_CALL_disable_shadow;
+    GET_RFLAGS = mtk_call_id_MTK_CALL_get_rflags;
+    SET_RFLAGS = mtk_call_id_MTK_CALL_set_rflags;
+    SKIP_INSTRUCTION = mtk_call_id_MTK_CALL_skip_instruction;
+    FREE_ROOTS = mtk_call_id_MTK_CALL_free_roots;
+    GFN_TO_MEMSLOT = mtk_call_id_MTK_CALL_gfn_to_memslot;
+    WRITE_GUEST_PAGE = mtk_call_id_MTK_CALL_write_guest_page;
 }
 
 static CALL_ADDRESSES: [AtomicUsize; CALLS] = [const { AtomicUsize::new(0) }; CALLS];
@@ -114,14 +122,16 @@ impl CallId {
     /// # Safety
     ///
     /// As the function itself demands; its module stays loaded meanwhile.
-    pub(crate) unsafe fn call(self, args: [usize; 3]) -> Option<usize> {
+    #[inline(always)]
+    pub(crate) unsafe fn call<const N: usize>(self, args: [usize; N]) -> Option<usize> {
         let address = CALL_ADDRESSES.get(self.0)?.load(Ordering::Relaxed);
         if address == 0 {
             return None;
         }
+        let arg = |n: usize| args.get(n).copied().unwrap_or(0);
         // SAFETY: By this function's contract; the address is the function's start (or just past
         // its ENDBR), where a return may go as well as a call.
-        Some(unsafe { bindings::mtk_call_stock(address, args[0], args[1], args[2]) })
+        Some(unsafe { bindings::mtk_call_stock(address, arg(0), arg(1), arg(2), arg(3), arg(4)) })
     }
 }
 
@@ -148,6 +158,10 @@ hook_ids! {
     HANDLE_VMWRITE = mtk_hook_id_MTK_HOOK_handle_vmwrite;
     COPY_SHADOW = mtk_hook_id_MTK_HOOK_copy_shadow;
     SYNC_SHADOW = mtk_hook_id_MTK_HOOK_sync_shadow;
+    HANDLE_VMPTRLD = mtk_hook_id_MTK_HOOK_handle_vmptrld;
+    HANDLE_VMCLEAR = mtk_hook_id_MTK_HOOK_handle_vmclear;
+    FREE_NESTED = mtk_hook_id_MTK_HOOK_free_nested;
+    VCPU_PUT = mtk_hook_id_MTK_HOOK_vcpu_put;
     ENTER_GUEST = mtk_hook_id_MTK_HOOK_enter_guest;
 }
 
@@ -268,7 +282,7 @@ impl InFlight {
     pub(crate) unsafe fn call_stock(&self, cont: Continuation, args: [usize; 3]) -> usize {
         // SAFETY: By this function's contract. Unused argument registers are caller-saved, so
         // passing more than the function takes is harmless.
-        unsafe { bindings::mtk_call_stock(cont.0, args[0], args[1], args[2]) }
+        unsafe { bindings::mtk_call_stock(cont.0, args[0], args[1], args[2], 0, 0) }
     }
 }
 

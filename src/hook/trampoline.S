@@ -58,12 +58,14 @@ SYM_FUNC_END(mtk_tramp_\id)
 #define HOOK_TRAMPOLINE(id, mod, sym, nargs) MTK_TRAMPOLINE id nargs ASM_NL
 MTK_HOOKS(HOOK_TRAMPOLINE)
 
-/* unsigned long mtk_call_stock(continuation, a0, a1, a2) */
+/* unsigned long mtk_call_stock(continuation, a0, a1, a2, a3, a4) */
 SYM_FUNC_START(mtk_call_stock)
 	push	%rdi
 	mov	%rsi, %rdi
 	mov	%rdx, %rsi
 	mov	%rcx, %rdx
+	mov	%r8, %rcx
+	mov	%r9, %r8
 	UNWIND_HINT_FUNC
 	RET
 SYM_FUNC_END(mtk_call_stock)

@@ -2,6 +2,8 @@
 //! Safe views of KVM's structures, for use inside a hook's handler.
 
 pub(crate) mod fields;
+pub(crate) mod guest_memory;
+pub(crate) mod nested;
 pub(crate) mod thread;
 pub(crate) mod vcpu;
 pub(crate) mod vmcs12;

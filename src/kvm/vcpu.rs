@@ -31,9 +31,11 @@ pub(crate) struct Vcpu(*mut bindings::vcpu_vmx);
 macro_rules! read {
     ($self:expr, $($path:tt)+) => {
         // SAFETY: By the invariants of `Vcpu`.
-        unsafe { (&raw const (*$self.0).$($path)+).read() }
+        unsafe { (&raw const (*$self.raw()).$($path)+).read() }
     };
 }
+
+pub(super) use read;
 
 impl Vcpu {
     /// Views the vCPU that KVM passed to a hooked function.
@@ -46,6 +48,12 @@ impl Vcpu {
     pub(crate) unsafe fn from_hook(ptr: *mut bindings::kvm_vcpu) -> Self {
         // INVARIANT: By this function's contract, and kvm_vcpu is the first member of vcpu_vmx.
         Self(ptr.cast())
+    }
+
+    /// KVM's structure, which the type's invariants are about.
+    #[inline(always)]
+    pub(super) fn raw(self) -> *mut bindings::vcpu_vmx {
+        self.0
     }
 
     /// The address, as the key of the module's own state.
@@ -264,7 +272,7 @@ impl Vcpu {
         unsafe { &raw mut (*vcpu).mutex }
     }
 
-    fn register_is_available(self, reg: u32) -> bool {
+    pub(super) fn register_is_available(self, reg: u32) -> bool {
         // `regs_avail` is a `u32` up to 7.2 and a bitmap of longs since; the low word is the same.
         // SAFETY: By the invariants of `Vcpu`; all registers asked for are below 32.
         let low: u32 = unsafe {

@@ -46,6 +46,7 @@ pub(super) const PATH: Path = Path {
     ],
     calls: &[],
     drain: None,
+    drain_hooks: &[],
     reasons: &[
         "no_state", "no_vmptr", "new", "changed", "unusual", "failed",
     ],

@@ -13,6 +13,7 @@ use crate::{
     kvm::Vcpu,
     state,
 };
+use core::sync::atomic::{AtomicBool, Ordering};
 use kernel::c_str;
 
 /// The accounting attaches like a path, but has no modes and is not in `PATHS`.
@@ -22,6 +23,7 @@ pub(crate) const ACCOUNTING: Path = Path {
     hooks: &[HookId::HANDLE_EXIT],
     calls: &[],
     drain: None,
+    drain_hooks: &[],
     reasons: &[],
 };
 
@@ -70,6 +72,14 @@ impl Exits {
     }
 }
 
+/// Exits are counted. The hook may be on without, while a path is being switched off.
+static COUNTING: AtomicBool = AtomicBool::new(false);
+
+/// Starts or ends counting.
+pub(crate) fn set_counting(on: bool) {
+    COUNTING.store(on, Ordering::Relaxed);
+}
+
 /// Handler of vmx_handle_exit(): counts and lets the stock function run.
 #[no_mangle]
 extern "C" fn mtk_on_handle_exit(
@@ -77,6 +87,10 @@ extern "C" fn mtk_on_handle_exit(
     _fastpath: usize,
     _cont: Continuation,
 ) -> Verdict {
+    super::vmptrld::leave(vcpu);
+    if !COUNTING.load(Ordering::Relaxed) {
+        return Verdict::STOCK;
+    }
     // SAFETY: The hooked function's own argument, in its handler.
     let vcpu = unsafe { Vcpu::from_hook(vcpu) };
     let (nested, reason) = (vcpu.guest_mode(), vcpu.exit_reason());

@@ -8,6 +8,7 @@
 pub(crate) mod checks;
 pub(crate) mod exits;
 pub(crate) mod fields;
+pub(crate) mod vmptrld;
 
 use crate::{
     hook::{CallId, HookId},
@@ -34,6 +35,8 @@ pub(crate) struct Path {
     /// Called when the path has been switched off and its hooks are still on: gives every vCPU back
     /// to the stock code, and returns when all are.
     pub(crate) drain: Option<fn()>,
+    /// Hook points that are attached while `drain` runs, where they can be.
+    pub(crate) drain_hooks: &'static [HookId],
     /// Names of its fallback reasons, in the order of its own `Reason` numbers.
     pub(crate) reasons: &'static [&'static str],
 }
@@ -46,7 +49,7 @@ impl Path {
 }
 
 /// All paths; a path's number is its place here.
-pub(crate) static PATHS: &[Path] = &[checks::PATH, fields::PATH];
+pub(crate) static PATHS: &[Path] = &[checks::PATH, fields::PATH, vmptrld::PATH];
 
 /// Hooks that keep per-vCPU state honest; attached whenever any path is not off, before the path's
 /// own and detached after them.
@@ -152,6 +155,8 @@ pub(crate) struct CounterSet {
     pub(crate) exits: exits::Exits,
     /// What a thread that withdraws the path `fields` must know about the vCPU.
     pub(crate) fields: fields::Shared,
+    /// As `fields`, for the path `vmptrld`.
+    pub(crate) vmptrld: vmptrld::Shared,
 }
 
 impl CounterSet {
@@ -161,6 +166,7 @@ impl CounterSet {
             paths: [const { Counters::new() }; COUNT],
             exits: exits::Exits::new(),
             fields: fields::Shared::new(),
+            vmptrld: vmptrld::Shared::new(),
         }
     }
 
@@ -221,6 +227,7 @@ pub(crate) fn count_stateless(path: usize, reason: usize) {
 pub(crate) struct Local {
     pub(crate) checks: checks::Memory,
     pub(crate) fields: fields::Memory,
+    pub(crate) regions: vmptrld::Regions,
 }
 
 impl Local {
@@ -228,6 +235,7 @@ impl Local {
     pub(crate) const NEW: Local = Local {
         checks: checks::Memory::NEW,
         fields: fields::Memory::NEW,
+        regions: vmptrld::Regions::NEW,
     };
 
     /// Forgets everything that was concluded from the vCPU's configuration.

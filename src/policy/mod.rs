@@ -5,5 +5,6 @@
 pub mod btf;
 pub mod learn;
 pub mod mode;
+pub mod operand;
 pub mod segments;
 pub mod ways;

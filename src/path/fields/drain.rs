@@ -4,24 +4,27 @@
 use super::NUMBER;
 use crate::{
     bindings,
-    hook::{self, Attached, CallId, Continuation, HookId, Verdict},
+    hook::{self, CallId, Continuation, Verdict},
     kvm::{thread, Vcpu},
     policy::mode::Mode,
     state,
 };
 use core::sync::atomic::Ordering;
-use kernel::prelude::*;
 
 fn withdraw(vcpu: Vcpu) {
     state::with(vcpu, |local, counters| {
         let count = counters.path::<NUMBER>();
         // SAFETY: The vCPU is loaded on this CPU by this task, by the callers.
-        unsafe { local.fields.withdraw(vcpu, count, &counters.fields) };
+        unsafe {
+            let regions = &mut local.regions;
+            local
+                .fields
+                .withdraw(vcpu, regions, count, &counters.fields);
+        }
     });
 }
 
-/// Handler of vmx_prepare_switch_to_guest(), attached only while vCPUs are given back: a vCPU that
-/// is about to run does it itself.
+/// Handler of vmx_prepare_switch_to_guest(), a drain hook: a vCPU that is about to run gives itself back.
 #[no_mangle]
 extern "C" fn mtk_on_enter_guest(vcpu: *mut bindings::kvm_vcpu, _cont: Continuation) -> Verdict {
     if crate::path::mode(NUMBER) == Mode::Off {
@@ -41,18 +44,6 @@ pub(super) fn drain() {
     // A handler that saw the old mode may be about to extend its vCPU. It does so with preemption
     // off; once it is through, no vCPU is extended anew.
     hook::wait_for_atomic_handlers();
-    let mut any = false;
-    state::for_each_vcpu(|_, counters| any |= counters.fields.is_extended());
-    if !any {
-        return;
-    }
-    let mut entry = [const { None }; hook::COUNT];
-    match Attached::attach(HookId::ENTER_GUEST) {
-        Ok(attached) => entry[0] = Some(attached),
-        Err(_) => {
-            pr_warn!("fields: cannot hook the guest's entry; waiting for vCPUs to leave KVM_RUN\n")
-        }
-    }
     let mut rounds = 0u32;
     loop {
         let mut left = 0;
@@ -67,13 +58,13 @@ pub(super) fn drain() {
                 if rounds >= PATIENCE {
                     thread::interrupt(counters.fields.thread.load(Ordering::Relaxed));
                     // SAFETY: As above; wakes the vCPU's thread if it sleeps in kvm_vcpu_block().
-                    unsafe { CallId::WAKE_UP.call([raw as usize, 0, 0]) };
+                    unsafe { CallId::WAKE_UP.call([raw as usize]) };
                 }
                 return;
             }
             // SAFETY: The mutex is held, as for an ioctl on the vCPU, which loads it the same way.
             unsafe {
-                let args = [raw as usize, 0, 0];
+                let args = [raw as usize];
                 if CallId::VCPU_LOAD.call(args).is_some() {
                     withdraw(Vcpu::from_hook(raw));
                     CallId::VCPU_PUT.call(args);
@@ -89,5 +80,4 @@ pub(super) fn drain() {
         // SAFETY: Process context.
         unsafe { bindings::msleep(1) };
     }
-    hook::detach(&mut entry);
 }

@@ -7,8 +7,8 @@ use super::{
     BUDGET,
 };
 use crate::{
-    kvm::{fields::FIELDS, vmx, Vcpu, Vmcs12},
-    path::Counters,
+    kvm::{fields::FIELDS, nested::Pages, vmx, Vcpu, Vmcs12},
+    path::{vmptrld::Regions, Counters},
     policy::learn::{Learner, Set},
 };
 use core::sync::atomic::{AtomicBool, AtomicI32, Ordering};
@@ -30,8 +30,13 @@ impl Shared {
         }
     }
 
-    pub(super) fn is_extended(&self) -> bool {
+    pub(crate) fn is_extended(&self) -> bool {
         self.extended.load(Ordering::Relaxed)
+    }
+
+    /// The thread that ran the vCPU last, by its number in the initial namespace.
+    pub(crate) fn thread(&self) -> i32 {
+        self.thread.load(Ordering::Relaxed)
     }
 }
 
@@ -60,18 +65,51 @@ impl Memory {
         written: Set::EMPTY,
     };
 
+    /// Whether vmcs12 has what L1 writes to learned fields, as in mode `check`.
+    pub(crate) fn is_checking(&self) -> bool {
+        self.checking
+    }
+
+    /// Runs `f` with preemption off; `None` if the vCPU is not extended.
+    pub(crate) fn quietly<R>(&self, f: impl FnOnce() -> R) -> Option<R> {
+        let ext = self.extension.as_ref()?;
+        let guard = ext.quiet.lock();
+        let result = f();
+        drop(guard);
+        Some(result)
+    }
+
+    /// As `save`, for a VMCS of L1 that is not current but kept.
+    ///
+    /// # Safety
+    ///
+    /// The vCPU is loaded on this CPU by the current task, and the shadow VMCS of `pages` is newer than
+    /// the vmcs12 and has the fields that are learned now.
+    pub(crate) unsafe fn save_aside(&mut self, vcpu: Vcpu, pages: Pages, count: &Counters) {
+        let Some(ext) = self.extension.as_ref() else {
+            return;
+        };
+        let quiet: *const SpinLock<()> = &ext.quiet;
+        // SAFETY: As in `save_quietly`.
+        let guard = unsafe { &*quiet }.lock();
+        // SAFETY: By this function's contract, preemption being off.
+        unsafe { self.save(vcpu, pages, count) };
+        drop(guard);
+    }
+
     /// shadow VMCS to vmcs12. Returns whether a learned field has changed.
     ///
     /// # Safety
     ///
-    /// The vCPU is loaded on this CPU with preemption off and its shadow VMCS is up to date.
+    /// The vCPU is loaded on this CPU with preemption off and the shadow VMCS is up to date.
     #[inline]
     #[allow(clippy::useless_conversion, reason = "one text for three widths")]
-    pub(super) unsafe fn save(&mut self, vcpu: Vcpu, vmcs12: Vmcs12, count: &Counters) -> bool {
-        let (Some(ext), Some(shadow)) = (self.extension.as_ref(), vcpu.shadow_vmcs()) else {
+    pub(super) unsafe fn save(&mut self, vcpu: Vcpu, pages: Pages, count: &Counters) -> bool {
+        let Some(ext) = self.extension.as_ref() else {
             return false;
         };
-        let base = vmcs12.as_ptr().cast_mut().cast::<u8>();
+        let shadow = vmx::physical(pages.shadow.cast());
+        let base = pages.vmcs12.cast::<u8>();
         let mut changed = false;
         // SAFETY: By this function's contract; the loaded VMCS is made current again below, as in
         // KVM's own copy_shadow_to_vmcs12(). Entries have offsets of fields of vmcs12 with their
@@ -124,7 +162,7 @@ impl Memory {
         check: bool,
         shared: &Shared,
     ) {
-        if self.stale || self.checking != check {
+        if self.must_rebuild(check) {
             self.rebuild(check);
         }
         let (Some(ext), Some(shadow)) = (self.extension.as_mut(), vcpu.shadow_vmcs()) else {
@@ -185,7 +223,13 @@ impl Memory {
         }
     }
 
-    /// Makes lists and bitmaps what the learned set says.
+    /// Whether lists and bitmaps differ from what the learned set says.
+    pub(super) fn must_rebuild(&self, check: bool) -> bool {
+        self.stale || self.checking != check
+    }
+
+    /// Makes lists and bitmaps what the learned set says. Nothing that is newer than its vmcs12 may be in any
+    /// shadow VMCS.
     #[cold]
     pub(super) fn rebuild(&mut self, check: bool) {
         let Some(ext) = self.extension.as_mut() else {
@@ -227,13 +271,13 @@ impl Memory {
     /// # Safety
     ///
     /// The vCPU is loaded on this CPU with vmcs01.
-    pub(super) unsafe fn make_vmcs12_newer(&mut self, vcpu: Vcpu, count: &Counters) {
+    pub(crate) unsafe fn make_vmcs12_newer(&mut self, vcpu: Vcpu, count: &Counters) {
         if vcpu.vmcs12_is_newer() {
             return;
         }
-        let Some(vmcs12) = vcpu.vmcs12() else { return };
+        let Some(pages) = vcpu.pages() else { return };
         // SAFETY: By this function's contract.
-        unsafe { self.save_quietly(vcpu, vmcs12, count) };
+        unsafe { self.save_quietly(vcpu, pages, count) };
         vcpu.set_vmcs12_newer(true);
     }
 
@@ -243,7 +287,7 @@ impl Memory {
     ///
     /// The vCPU is loaded on this CPU with vmcs01 and its shadow VMCS is up to date.
     #[inline]
-    pub(super) unsafe fn save_quietly(&mut self, vcpu: Vcpu, vmcs12: Vmcs12, count: &Counters) {
+    pub(super) unsafe fn save_quietly(&mut self, vcpu: Vcpu, pages: Pages, count: &Counters) {
         let Some(ext) = self.extension.as_ref() else {
             return;
         };
@@ -252,7 +296,7 @@ impl Memory {
         let guard = unsafe { &*quiet }.lock();
         // SAFETY: By this function's contract, preemption being off.
         unsafe {
-            if self.save(vcpu, vmcs12, count) && vcpu.fetch_late_fields() {
+            if self.save(vcpu, pages, count) && vcpu.fetch_late_fields() {
                 vcpu.mark_vmcs12_dirty();
             }
         }
@@ -264,10 +308,18 @@ impl Memory {
     /// # Safety
     ///
     /// The vCPU is loaded on this CPU by the current task.
-    pub(super) unsafe fn withdraw(&mut self, vcpu: Vcpu, count: &Counters, shared: &Shared) {
+    pub(super) unsafe fn withdraw(
+        &mut self,
+        vcpu: Vcpu,
+        regions: &mut Regions,
+        count: &Counters,
+        shared: &Shared,
+    ) {
         if !shared.is_extended() {
             return;
         }
+        // SAFETY: By this function's contract.
+        unsafe { regions.settle(vcpu, self, count) };
         if vcpu.vmcs01_is_loaded() && vcpu.current_vmptr() != u64::MAX {
             // SAFETY: By this function's contract.
             unsafe { self.make_vmcs12_newer(vcpu, count) };

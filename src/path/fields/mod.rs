@@ -41,7 +41,7 @@ use extension::Extension;
 use kernel::c_str;
 
 /// This path's number in `PATHS`.
-const NUMBER: usize = 1;
+pub(super) const NUMBER: usize = 1;
 
 /// Most fields that are shadowed beside the stock list.
 const BUDGET: u8 = 96;
@@ -68,6 +68,7 @@ pub(super) const PATH: Path = Path {
         CallId::FIELD_OFFSET,
     ],
     drain: Some(drain::drain),
+    drain_hooks: &[HookId::ENTER_GUEST],
     reasons: &["no_state", "unknown_field", "never", "learning", "evmcs"],
 };
 
@@ -112,10 +113,10 @@ extern "C" fn mtk_on_copy_shadow(vmx: *mut bindings::vcpu_vmx, _cont: Continuati
     let handled = state::with(vcpu, |local, counters| {
         let memory = &mut local.fields;
         let extended = counters.fields.is_extended() && vcpu.vmcs01_is_loaded();
-        let vmcs12 = vcpu.vmcs12().filter(|_| extended)?;
+        let pages = vcpu.pages().filter(|_| extended)?;
         let count = counters.path::<NUMBER>();
         // SAFETY: KVM is about to do the same, at the same place.
-        unsafe { memory.save_quietly(vcpu, vmcs12, count) };
+        unsafe { memory.save_quietly(vcpu, pages, count) };
         count.taken.bump();
         Some(())
     });
@@ -147,10 +148,21 @@ extern "C" fn mtk_on_sync_shadow(vcpu: *mut bindings::kvm_vcpu, _cont: Continuat
             // Being given back: vmcs12 is up to date, so this is as good a place as any. Going on
             // to the stock copy while extended would leave old values in the learned fields.
             // SAFETY: L1 is about to run here, so the vCPU is loaded by this task.
-            unsafe { memory.withdraw(vcpu, counters.path::<NUMBER>(), &counters.fields) };
+            unsafe {
+                let count = counters.path::<NUMBER>();
+                memory.withdraw(vcpu, &mut local.regions, count, &counters.fields);
+            }
             return None;
         }
         memory.stale |= memory.learner.switched();
+        if memory.must_rebuild(mode == Mode::Check) {
+            // SAFETY: L1 is about to run here, so the vCPU is loaded by this task.
+            unsafe {
+                local
+                    .regions
+                    .settle(vcpu, memory, counters.path::<NUMBER>())
+            };
+        }
         // SAFETY: KVM is about to do the same, at the same place, with vmcs01 current.
         unsafe { memory.restore(vcpu, vmcs12, mode == Mode::Check, &counters.fields) };
         vcpu.set_vmcs12_newer(false);

@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Guest-physical memory, through the memory slots of the VM and the address space of its VMM.
+
+use super::{vcpu::read, Vcpu};
+use crate::{bindings, hook::CallId};
+use core::{arch::asm, mem::MaybeUninit};
+use kernel::uaccess::{UserPtr, UserSlice};
+
+/// Bytes of a page.
+pub(crate) const PAGE: usize = 4096;
+
+/// Reads guest memory. Remembers the slot that served last.
+///
+/// # Invariants
+///
+/// KVM's SRCU lock is held for as long as this lives, by the caller of the hooked function, so that slots
+/// stay as they are; the current task has the VMM's address space.
+pub(crate) struct GuestMemory {
+    vcpu: Vcpu,
+    /// The slot's first address, its length in bytes and where the VMM has it.
+    base: u64,
+    len: u64,
+    host: u64,
+}
+
+impl GuestMemory {
+    /// # Safety
+    ///
+    /// In a handler of an exit, where KVM holds its SRCU lock and the task is the vCPU's.
+    pub(crate) unsafe fn new(vcpu: Vcpu) -> Self {
+        // INVARIANT: By this function's contract.
+        Self {
+            vcpu,
+            base: 0,
+            len: 0,
+            host: 0,
+        }
+    }
+
+    /// Where the VMM has this address; `None` if it is in no ordinary slot.
+    #[inline(always)]
+    fn host_address(&mut self, gpa: u64) -> Option<u64> {
+        let offset = gpa.wrapping_sub(self.base);
+        if offset < self.len {
+            return Some(self.host + offset);
+        }
+        self.find_slot(gpa)
+    }
+
+    #[inline(never)]
+    fn find_slot(&mut self, gpa: u64) -> Option<u64> {
+        const ORDINARY: u32 = bindings::KVM_MEM_LOG_DIRTY_PAGES | bindings::KVM_MEM_READONLY;
+        let args = [self.vcpu.key(), (gpa >> 12) as usize];
+        // SAFETY: As KVM itself calls it, under its SRCU lock.
+        let slot = unsafe { CallId::GFN_TO_MEMSLOT.call(args) }?;
+        // SAFETY: By the type's invariants a slot that KVM named is alive.
+        let slot = unsafe { (slot as *const bindings::kvm_memory_slot).as_ref() }?;
+        if slot.flags & !ORDINARY != 0 {
+            return None;
+        }
+        self.base = slot.base_gfn << 12;
+        self.len = (slot.npages as u64) << 12;
+        self.host = slot.userspace_addr as u64;
+        let offset = gpa.wrapping_sub(self.base);
+        (offset < self.len).then(|| self.host + offset)
+    }
+
+    /// Reads eight bytes that do not cross a page. May sleep.
+    #[inline(always)]
+    pub(crate) fn read_u64(&mut self, gpa: u64) -> Option<u64> {
+        let address = self.host_address(gpa)?;
+        let (failed, value): (u64, u64);
+        // SAFETY: __get_user_8() takes the address in RAX, checks that it is user space's, and returns
+        // zero or an error in RAX and the value in RDX; it changes no other register.
+        unsafe {
+            asm!(
+                "call __get_user_8",
+                inout("rax") address => failed,
+                out("rdx") value,
+            );
+        }
+        (failed == 0).then_some(value)
+    }
+
+    /// Reads the page at `gpa`. `false`, with the page half-written, if it cannot be read. May sleep.
+    ///
+    /// # Safety
+    ///
+    /// `to` is valid for writes of a page.
+    pub(crate) unsafe fn read_page(&mut self, gpa: u64, to: *mut u8) -> bool {
+        let Some(address) = self.host_address(gpa) else {
+            return false;
+        };
+        // SAFETY: By this function's contract; plain bytes.
+        let to = unsafe { core::slice::from_raw_parts_mut(to.cast::<MaybeUninit<u8>>(), PAGE) };
+        UserSlice::new(UserPtr::from_addr(address as usize), PAGE)
+            .reader()
+            .read_raw(to)
+            .is_ok()
+    }
+}
+
+/// KVM's SRCU lock, held.
+pub(crate) struct SrcuGuard {
+    kvm: *mut bindings::kvm,
+    index: i32,
+}
+
+impl SrcuGuard {
+    /// Takes the lock for reading, which KVM itself may hold already.
+    pub(crate) fn take(vcpu: Vcpu) -> Self {
+        let kvm = read!(vcpu, vcpu.kvm);
+        // SAFETY: A vCPU's VM outlives it.
+        let index = unsafe { bindings::__srcu_read_lock(&raw mut (*kvm).srcu) };
+        Self { kvm, index }
+    }
+
+    /// `kvm_write_guest_page()`: writes a page of the VM's ordinary memory (not SMRAM) and marks it
+    /// dirty. What cannot be written is lost, as in `nested_release_vmcs12()`. May sleep.
+    ///
+    /// # Safety
+    ///
+    /// `from` is valid for reads of a page, and the current task has the VMM's address space and a vCPU
+    /// of the VM loaded.
+    pub(crate) unsafe fn write_page(&self, gpa: u64, from: *const u8) {
+        // SAFETY: By this function's contract and under SRCU.
+        unsafe {
+            CallId::WRITE_GUEST_PAGE.call([
+                self.kvm as usize,
+                (gpa >> 12) as usize,
+                from as usize,
+                0,
+                PAGE,
+            ])
+        };
+    }
+}
+
+impl Drop for SrcuGuard {
+    fn drop(&mut self) {
+        // SAFETY: Taken by `take`.
+        unsafe { bindings::__srcu_read_unlock(&raw mut (*self.kvm).srcu, self.index) };
+    }
+}

@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What VMPTRLD and VMCLEAR of L1 read and change in a vCPU.
+
+use super::{guest_memory::GuestMemory, vcpu::read, vmx, Vcpu, Vmcs12};
+use crate::{
+    bindings,
+    hook::CallId,
+    policy::operand::{self, Operand, Step, Walk, LEVELS},
+};
+
+const EXIT_QUALIFICATION: u64 = 0x6400;
+const GUEST_CR3: u64 = 0x6802;
+const GUEST_RSP: u64 = 0x681c;
+const GUEST_SS_AR_BYTES: u64 = 0x4818;
+
+const RSP: u8 = 4;
+/// X86_CR4_LAM_SUP: bits 62:48 of a supervisor's linear addresses may be tags.
+const CR4_LAM_SUP: usize = 1 << 28;
+/// EFER_NX: bit 63 of a paging-structure entry is not reserved.
+const EFER_NX: u64 = 1 << 11;
+/// CF, PF, AF, ZF, SF and OF, which VMX instructions clear when they succeed.
+const RFLAGS_STATUS: usize = 0x8d5;
+
+/// The kernel memory that stands for one VMCS of L1: its vmcs12 and the shadow VMCS that goes with it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Pages {
+    pub(crate) vmcs12: *mut bindings::vmcs12,
+    pub(crate) shadow: *mut bindings::vmcs,
+}
+
+impl Vcpu {
+    /// `vmx->nested.vmxon`: L1 is in VMX operation.
+    pub(crate) fn vmxon(self) -> bool {
+        read!(self, nested.vmxon)
+    }
+
+    /// `vmx->nested.vmxon_ptr`.
+    pub(crate) fn vmxon_ptr(self) -> u64 {
+        read!(self, nested.vmxon_ptr)
+    }
+
+    /// Whether a guest-physical address can be that of a VMCS: `page_address_valid()`.
+    pub(crate) fn is_page_address(self, address: u64) -> bool {
+        address & 0xfff == 0 && address & read!(self, vcpu.arch.reserved_gpa_bits) == 0
+    }
+
+    /// `nested_cpu_has_vmx_shadow_vmcs()`: L1 may use VMCS shadowing.
+    pub(crate) fn may_shadow(self) -> bool {
+        const SECONDARY_EXEC_SHADOW_VMCS: u32 = 1 << 14;
+        read!(self, nested.msrs.secondary_ctls_high) & SECONDARY_EXEC_SHADOW_VMCS != 0
+    }
+
+    /// The guest-physical address that the memory operand of L1's VMPTRLD or VMCLEAR holds. `None` if
+    /// anything about operand or paging is out of the ordinary: the stock code finds out what.
+    ///
+    /// May sleep. Must be called in the handler of an exit of L1, with KVM's SRCU lock held.
+    pub(crate) fn vmptr_operand(self, memory: &mut GuestMemory) -> Option<u64> {
+        // SAFETY: In a handler of an exit the exited VMCS is current.
+        let vmread = |field| unsafe { vmx::vmread(field) };
+        let operand = Operand::decode(vmread(vmx::VMX_INSTRUCTION_INFO)? as u32)?;
+        // With EPT, and only then, the guest's CR3 is in the VMCS.
+        let mmu = read!(self, vcpu.arch.mmu);
+        // SAFETY: KVM's own pointer to one of the vCPU's MMUs; the role is a union of integers.
+        let direct = unsafe { (*mmu).root_role.__bindgen_anon_1.direct() };
+        let unusual = direct == 0
+            || self.cr4_la57()
+            || read!(self, vcpu.arch.cr4) & CR4_LAM_SUP != 0
+            || vmread(GUEST_SS_AR_BYTES)? & 3 << 5 != 0;
+        if unusual {
+            return None;
+        }
+        let register = |number| match number {
+            RSP if !self.register_is_available(u32::from(RSP)) => vmread(GUEST_RSP),
+            _ => Some(read!(self, vcpu.arch.regs[number as usize & 0xf]) as u64),
+        };
+        let address = operand.address(vmread(EXIT_QUALIFICATION)?, register)?;
+        let mut reserved = read!(self, vcpu.arch.reserved_gpa_bits);
+        if read!(self, vcpu.arch.efer) & EFER_NX == 0 {
+            reserved |= operand::EXECUTE_DISABLE;
+        } else {
+            reserved &= !operand::EXECUTE_DISABLE;
+        }
+        let mut walk = Walk::new(vmread(GUEST_CR3)?, address, reserved);
+        let mut at = walk.first();
+        for _ in 0..LEVELS {
+            match walk.step(memory.read_u64(at)?)? {
+                Step::Entry(next) => at = next,
+                Step::Mapped(address) => return memory.read_u64(address),
+            }
+        }
+        None
+    }
+
+    /// The pages that KVM uses for the current VMCS, or would for the next; `None` outside VMX operation
+    /// and without VMCS shadowing.
+    pub(crate) fn pages(self) -> Option<Pages> {
+        let pages = Pages {
+            vmcs12: read!(self, nested.cached_vmcs12),
+            shadow: read!(self, vmcs01.shadow_vmcs),
+        };
+        (!pages.vmcs12.is_null() && !pages.shadow.is_null()).then_some(pages)
+    }
+
+    /// Makes KVM use other pages.
+    ///
+    /// # Safety
+    ///
+    /// There is no current VMCS, preemption is off, both shadow VMCSs are clear. The pages come from the
+    /// allocators that KVM frees them with, and become KVM's; those that it had become the caller's.
+    pub(crate) unsafe fn set_pages(self, pages: Pages) {
+        // SAFETY: By the invariants of `Vcpu` and this function's contract.
+        unsafe {
+            let vmx = self.raw();
+            (&raw mut (*vmx).nested.cached_vmcs12).write(pages.vmcs12);
+            (&raw mut (*vmx).vmcs01.shadow_vmcs).write(pages.shadow);
+        }
+    }
+
+    /// `set_current_vmptr()`. `fresh`: the shadow VMCS has what L1 wrote last, so that nothing has to be
+    /// copied to it.
+    ///
+    /// # Safety
+    ///
+    /// vmcs01 is current, preemption is off, and KVM's pages are those of the VMCS at `vmptr`.
+    pub(crate) unsafe fn set_current_vmptr(self, vmptr: u64, fresh: bool) {
+        // SAFETY: By this function's contract, as in handle_vmptrld().
+        unsafe { CallId::SET_CURRENT_VMPTR.call([self.key(), vmptr as usize]) };
+        self.set_vmcs12_newer(!fresh);
+    }
+
+    /// What `nested_release_vmcs12()` does beside copying: afterwards there is no current VMCS.
+    /// `disable`: turns VMCS shadowing off as well, which is not needed if another VMCS follows at once.
+    ///
+    /// # Safety
+    ///
+    /// vmcs01 is current and preemption is off.
+    pub(crate) unsafe fn drop_current_vmptr(self, disable: bool) {
+        // SAFETY: By this function's contract, as in nested_release_vmcs12().
+        unsafe {
+            if disable {
+                CallId::DISABLE_SHADOW.call([self.key()]);
+            }
+            (&raw mut (*self.raw()).nested.posted_intr_nv).write(u16::MAX);
+            (&raw mut (*self.raw()).nested.current_vmptr).write(u64::MAX);
+        }
+    }
+
+    /// Drops the roots of the guest's MMU, as `nested_release_vmcs12()` does. May sleep.
+    pub(crate) fn free_guest_mmu_roots(self) {
+        // What kvm_mmu_free_roots() looks at before it does any work (VALID_PAGE()).
+        let previous = read!(self, vcpu.arch.guest_mmu.prev_roots);
+        if read!(self, vcpu.arch.guest_mmu.root.hpa) == u64::MAX
+            && previous.iter().all(|root| root.hpa == u64::MAX)
+        {
+            return;
+        }
+        let kvm = read!(self, vcpu.kvm);
+        // SAFETY: Only an address is taken; the arguments are KVM's own.
+        unsafe {
+            let mmu = &raw mut (*self.raw()).vcpu.arch.guest_mmu;
+            let roots = bindings::MTK_MMU_ROOTS_ALL as usize;
+            CallId::FREE_ROOTS.call([kvm as usize, mmu as usize, roots]);
+        }
+    }
+
+    /// `nested_vmx_succeed()`: VMsucceed (SDM volume 3, 31.2), and on to the next instruction. Returns what
+    /// the handler of the exit has to return; `None` if KVM's functions are missing.
+    ///
+    /// Must not be called within `state::with`: a hooked function is among those that KVM calls here.
+    pub(crate) fn vm_succeed(self) -> Option<usize> {
+        let vcpu = self.key();
+        // SAFETY: As in KVM's own function, in a handler of an exit.
+        unsafe {
+            let rflags = CallId::GET_RFLAGS.call([vcpu])?;
+            if rflags & RFLAGS_STATUS != 0 {
+                CallId::SET_RFLAGS.call([vcpu, rflags & !RFLAGS_STATUS])?;
+            }
+            CallId::SKIP_INSTRUCTION.call([vcpu])
+        }
+        .map(|handled| handled as u32 as usize)
+    }
+}
+
+impl Vmcs12 {
+    /// Whether L1 made this a shadow VMCS (SDM volume 3, 26.10).
+    pub(crate) fn is_shadow(self) -> bool {
+        // SAFETY: By the invariants of `Vmcs12`.
+        let header = unsafe { self.as_ptr().cast::<u32>().read() };
+        Header(header).is_shadow()
+    }
+}
+
+/// The first word of a VMCS region (SDM volume 3, table 26-1).
+#[derive(Clone, Copy)]
+pub(crate) struct Header(pub(crate) u32);
+
+impl Header {
+    /// Bit 31, the shadow-VMCS indicator.
+    pub(crate) fn is_shadow(self) -> bool {
+        self.0 >> 31 != 0
+    }
+
+    /// Whether the revision identifier is KVM's.
+    pub(crate) fn is_ours(self) -> bool {
+        self.0 & !(1 << 31) == bindings::MTK_VMCS12_REVISION
+    }
+}

@@ -1,0 +1,440 @@
+// SPDX-License-Identifier: GPL-2.0
+//! VMCSs stay loaded: an L1 that alternates between VMCSs finds the one that it loads where it left it.
+//!
+//! Stock KVM has room for one vmcs12 per vCPU. On each VMPTRLD it copies the current one out of the shadow
+//! VMCS, writes it to guest memory, reads the other one, and copies that to the shadow VMCS before L1 runs
+//! on. The SDM lets a processor keep more than one VMCS active and its data anywhere until VMCLEAR
+//! (volume 3, 26.1), and so does this path: it keeps some vmcs12s, each with a shadow VMCS of its own, and
+//! VMPTRLD exchanges pointers.
+//!
+//! Guest memory gets what is kept here when somebody may look:
+//!
+//! - VMCLEAR of that VMCS;
+//! - VMXOFF, and whatever else ends VMX operation (free_nested());
+//! - the vCPU leaves KVM_RUN (vcpu_put()): its VMM may read, save or change memory, or run
+//!   KVM_SET_NESTED_STATE. Nothing is kept beyond;
+//! - the path or the path `fields` is switched off, or the module goes.
+//!
+//! A shadow VMCS of L1's own, which KVM reads from memory when L2 is entered, is never kept. An operand or an
+//! operation that is not plain goes to the stock code, after everything has been written back.
+//!
+//! Needs the path `fields`, whose copies it saves and whose lists say what a shadow VMCS carries.
+
+mod regions;
+
+pub(crate) use regions::Regions;
+
+use super::{fields, CounterSet, Counters, Local, Path};
+use crate::{
+    bindings,
+    hook::{self, CallId, Continuation, HookId, InFlight, Verdict},
+    kvm::{
+        guest_memory::{GuestMemory, SrcuGuard},
+        nested::Header,
+        thread, Vcpu,
+    },
+    policy::mode::Mode,
+    state,
+};
+use core::sync::atomic::{AtomicBool, Ordering};
+use kernel::{c_str, prelude::*};
+use regions::{Copier, NONE};
+
+/// This path's number in `PATHS`.
+const NUMBER: usize = 2;
+
+pub(super) const PATH: Path = Path {
+    name: c_str!("vmptrld"),
+    about: c_str!("VMCSs that L1 alternates between stay loaded"),
+    hooks: &[
+        HookId::VCPU_PUT,
+        HookId::FREE_NESTED,
+        HookId::HANDLE_VMCLEAR,
+        HookId::HANDLE_VMPTRLD,
+    ],
+    calls: &[
+        CallId::WAKE_UP,
+        CallId::LOAD_VMCS,
+        CallId::SYNC_RARE,
+        CallId::SET_CURRENT_VMPTR,
+        CallId::DISABLE_SHADOW,
+        CallId::GET_RFLAGS,
+        CallId::SET_RFLAGS,
+        CallId::SKIP_INSTRUCTION,
+        CallId::FREE_ROOTS,
+        CallId::GFN_TO_MEMSLOT,
+        CallId::WRITE_GUEST_PAGE,
+    ],
+    drain: Some(drain),
+    drain_hooks: &[HookId::HANDLE_EXIT],
+    reasons: &["not_extended", "operand", "invalid", "no_memory", "stock"],
+};
+
+/// Why a VMPTRLD or VMCLEAR was left to the stock code; names in `PATH.reasons`.
+#[derive(Clone, Copy)]
+enum Reason {
+    /// The path `fields` is not at work on this vCPU, or L1 uses an enlightened VMCS.
+    NotExtended,
+    /// The operand, or the paging that leads to it, is out of the ordinary.
+    Operand,
+    /// The stock code is going to refuse.
+    Invalid,
+    /// No memory for another VMCS.
+    NoMemory,
+    /// VMCLEAR of a VMCS that is not current.
+    Stock,
+}
+
+/// What another thread may know about a vCPU.
+pub(crate) struct Shared {
+    /// Guest memory lacks something that is kept.
+    holding: AtomicBool,
+}
+
+impl Shared {
+    pub(crate) const fn new() -> Self {
+        Self {
+            holding: AtomicBool::new(false),
+        }
+    }
+}
+
+/// The path's mode; off while a livepatch has taken one of its functions over.
+#[inline(always)]
+fn mode() -> Mode {
+    if PATH.hooks.iter().any(|hook| hook.livepatched()) {
+        Mode::Off
+    } else {
+        super::mode(NUMBER)
+    }
+}
+
+/// Whether the vCPU is in a state that this path knows.
+fn is_able(vcpu: Vcpu, local: &Local, counters: &CounterSet) -> bool {
+    counters.fields.is_extended()
+        && !local.fields.is_checking()
+        && vcpu.vmxon()
+        && vcpu.vmcs01_is_loaded()
+        && !vcpu.guest_mode()
+        && !vcpu.evmcs_is_mapped()
+        && vcpu.pages().is_some()
+}
+
+/// VMPTRLD by L1. On `Err` nothing has changed.
+///
+/// # Safety
+///
+/// In the handler of handle_vmptrld().
+unsafe fn load(vcpu: Vcpu, local: &mut Local, counters: &CounterSet) -> Result<(), Reason> {
+    if !is_able(vcpu, local, counters) {
+        return Err(Reason::NotExtended);
+    }
+    let mut copier = Copier {
+        vcpu,
+        fields: &mut local.fields,
+        count: counters.path::<{ fields::NUMBER }>(),
+    };
+    // SAFETY: By this function's contract.
+    let mut memory = unsafe { GuestMemory::new(vcpu) };
+    let vmptr = vcpu.vmptr_operand(&mut memory).ok_or(Reason::Operand)?;
+    if vmptr == vcpu.current_vmptr() {
+        return Ok(());
+    }
+    if !vcpu.is_page_address(vmptr) || vmptr == vcpu.vmxon_ptr() {
+        return Err(Reason::Invalid);
+    }
+    let at = match local.regions.position(vmptr) {
+        Some(at) => at,
+        None => {
+            let header = memory.read_u64(vmptr).ok_or(Reason::Invalid)?;
+            let header = Header(header as u32);
+            if !header.is_ours() || (header.is_shadow() && !vcpu.may_shadow()) {
+                return Err(Reason::Invalid);
+            }
+            // SAFETY: By this function's contract.
+            let at = unsafe { local.regions.make_room(&mut copier) }.ok_or(Reason::NoMemory)?;
+            let pages = local.regions.pages(at).ok_or(Reason::NoMemory)?;
+            // SAFETY: The pages wait for a VMCS, and are whole.
+            if !unsafe { memory.read_page(vmptr, pages.vmcs12.cast()) } {
+                return Err(Reason::Invalid);
+            }
+            at
+        }
+    };
+    // SAFETY: By this function's contract; everything else was looked at above.
+    unsafe { local.regions.swap(at, vmptr, &mut copier) }.ok_or(Reason::NoMemory)
+}
+
+/// VMCLEAR by L1. `Err`: the stock code is to do it; a VMCS that was kept is in memory by then.
+///
+/// # Safety
+///
+/// In the handler of handle_vmclear().
+unsafe fn clear(vcpu: Vcpu, local: &mut Local, counters: &CounterSet) -> Result<(), Reason> {
+    if !is_able(vcpu, local, counters) {
+        return Err(Reason::NotExtended);
+    }
+    let mut copier = Copier {
+        vcpu,
+        fields: &mut local.fields,
+        count: counters.path::<{ fields::NUMBER }>(),
+    };
+    // SAFETY: By this function's contract.
+    let mut memory = unsafe { GuestMemory::new(vcpu) };
+    let vmptr = vcpu.vmptr_operand(&mut memory).ok_or(Reason::Operand)?;
+    if let Some(at) = local.regions.position(vmptr) {
+        // SAFETY: By this function's contract.
+        unsafe {
+            local.regions.evict(at, &mut copier, &SrcuGuard::take(vcpu));
+        }
+        return Err(Reason::Stock);
+    }
+    let pages = vcpu.pages().ok_or(Reason::NotExtended)?;
+    if vmptr != vcpu.current_vmptr() || vmptr == NONE {
+        return Err(Reason::Stock);
+    }
+    // What nested_release_vmcs12() and handle_vmclear() do, in their order.
+    // SAFETY: By this function's contract; the pages are whole and the current VMCS's.
+    unsafe {
+        copier.fields.quietly(|| vcpu.fetch_late_fields());
+        copier.fields.make_vmcs12_newer(vcpu, copier.count);
+        copier.fields.quietly(|| vcpu.drop_current_vmptr(true));
+        (&raw mut (*pages.vmcs12).launch_state).write_unaligned(0);
+        SrcuGuard::take(vcpu).write_page(vmptr, pages.vmcs12.cast());
+    }
+    vcpu.free_guest_mmu_roots();
+    Ok(())
+}
+
+/// Writes everything that is kept back to guest memory.
+///
+/// # Safety
+///
+/// The vCPU is loaded by this task, which has its VMM's address space if anything is kept.
+unsafe fn evict_all(vcpu: Vcpu, local: &mut Local, counters: &CounterSet) {
+    let mut copier = Copier {
+        vcpu,
+        fields: &mut local.fields,
+        count: counters.path::<{ fields::NUMBER }>(),
+    };
+    // SAFETY: By this function's contract.
+    unsafe { local.regions.evict_all(&mut copier) };
+    local.regions.publish(&counters.vmptrld);
+}
+
+/// What the handlers of both instructions have in common: `act` in mode `on`, `compare` in mode `check`.
+fn handle(
+    raw: *mut bindings::kvm_vcpu,
+    id: HookId,
+    cont: Continuation,
+    act: unsafe fn(Vcpu, &mut Local, &CounterSet) -> Result<(), Reason>,
+) -> Verdict {
+    let section = InFlight::enter(id);
+    // SAFETY: The hooked function's own argument.
+    let vcpu = unsafe { Vcpu::from_hook(raw) };
+    let mode = mode();
+    let done = state::with(vcpu, |local, counters| {
+        if mode == Mode::Off || local.regions.images != (mode == Mode::Check) {
+            // SAFETY: KVM is about to carry out an instruction of L1.
+            unsafe { evict_all(vcpu, local, counters) };
+        }
+        if mode != Mode::On {
+            return false;
+        }
+        local.regions.images = false;
+        let count = counters.path::<NUMBER>();
+        // SAFETY: In the handler that `act` belongs to.
+        match unsafe { act(vcpu, local, counters) } {
+            Ok(()) => {
+                count.taken.bump();
+                local.regions.publish(&counters.vmptrld);
+                true
+            }
+            Err(reason) => {
+                if let Some(n) = count.fallbacks.get(reason as usize) {
+                    n.bump();
+                }
+                if !matches!(reason, Reason::Stock) {
+                    // SAFETY: As above.
+                    unsafe { evict_all(vcpu, local, counters) };
+                }
+                false
+            }
+        }
+    });
+    match done {
+        Some(true) => vcpu.vm_succeed().map_or(Verdict::STOCK, Verdict::handled),
+        _ if mode == Mode::Check => compare(vcpu, &section, cont),
+        _ => Verdict::STOCK,
+    }
+}
+
+/// Mode `check`: the stock code carries the instruction out. It has to find the operand that we find, and in
+/// memory what we would have kept.
+#[cold]
+fn compare(vcpu: Vcpu, section: &InFlight, cont: Continuation) -> Verdict {
+    let before = vcpu.current_vmptr();
+    let expected = state::with(vcpu, |local, counters| {
+        if !is_able(vcpu, local, counters) {
+            return None;
+        }
+        local.regions.images = true;
+        let count = counters.path::<{ fields::NUMBER }>();
+        let (pages, vmcs12) = (vcpu.pages()?, vcpu.vmcs12()?);
+        // SAFETY: As in `load`; this is what the stock code does first if another VMCS becomes current.
+        unsafe {
+            let vmptr = vcpu.vmptr_operand(&mut GuestMemory::new(vcpu));
+            if before != NONE && !vmcs12.is_shadow() && vmptr.is_some_and(|v| v != before) {
+                local.fields.quietly(|| vcpu.fetch_late_fields());
+                local.fields.make_vmcs12_newer(vcpu, count);
+                let mut copier = Copier {
+                    vcpu,
+                    fields: &mut local.fields,
+                    count,
+                };
+                local.regions.keep_image(before, pages.vmcs12, &mut copier);
+            }
+            Some(vmptr)
+        }
+    });
+    // SAFETY: This handler's continuation and the hooked function's own argument.
+    let value = unsafe { section.call_stock(cont, [vcpu.key(), 0, 0]) };
+    let now = vcpu.current_vmptr();
+    state::with(vcpu, |local, counters| {
+        let count = counters.path::<NUMBER>();
+        let forget = |local: &mut Local, vmptr: u64| {
+            if let Some(at) = local.regions.position(vmptr) {
+                local.regions.forget(at);
+            }
+        };
+        match expected.flatten().flatten() {
+            Some(vmptr) if now != NONE && now != before => {
+                // VMPTRLD of another one.
+                count.checked.bump();
+                let same = vcpu.pages().and_then(|pages| {
+                    // SAFETY: KVM's page, which it has just filled.
+                    unsafe { local.regions.compare_image(now, pages.vmcs12) }
+                });
+                if vmptr != now || same == Some(false) {
+                    report(count, vmptr, now);
+                }
+            }
+            // VMCLEAR of the current one, an instruction that failed, or one that changed nothing.
+            Some(vmptr) => {
+                if now == NONE && before != NONE {
+                    count.checked.bump();
+                    if vmptr != before {
+                        report(count, vmptr, before);
+                    }
+                }
+                forget(local, vmptr);
+                forget(local, before);
+            }
+            // SAFETY: As in `handle`.
+            None => unsafe { evict_all(vcpu, local, counters) },
+        }
+        local.regions.publish(&counters.vmptrld);
+    });
+    Verdict::handled(value)
+}
+
+static REPORTED: AtomicBool = AtomicBool::new(false);
+
+#[cold]
+fn report(counters: &Counters, vmptr: u64, stock: u64) {
+    counters.mismatches.bump();
+    if !REPORTED.swap(true, Ordering::Relaxed) {
+        pr_warn!(
+            "vmptrld: VMCS {vmptr:#x} kept differs from {stock:#x} loaded by the stock code\n"
+        );
+    }
+}
+
+/// Handler of handle_vmptrld().
+#[no_mangle]
+extern "C" fn mtk_on_handle_vmptrld(vcpu: *mut bindings::kvm_vcpu, cont: Continuation) -> Verdict {
+    handle(vcpu, HookId::HANDLE_VMPTRLD, cont, load)
+}
+
+/// Handler of handle_vmclear().
+#[no_mangle]
+extern "C" fn mtk_on_handle_vmclear(vcpu: *mut bindings::kvm_vcpu, cont: Continuation) -> Verdict {
+    handle(vcpu, HookId::HANDLE_VMCLEAR, cont, clear)
+}
+
+fn flush(raw: *mut bindings::kvm_vcpu, hook: HookId) {
+    // SAFETY: The hooked function's own argument.
+    let vcpu = unsafe { Vcpu::from_hook(raw) };
+    let holding = || {
+        state::with(vcpu, |_, counters| {
+            counters.vmptrld.holding.load(Ordering::Relaxed)
+        })
+    };
+    if holding() == Some(true) {
+        let _section = InFlight::enter(hook);
+        // SAFETY: The vCPU is loaded, and something is kept only within KVM_RUN.
+        state::with(vcpu, |local, counters| unsafe {
+            evict_all(vcpu, local, counters)
+        });
+    }
+}
+
+/// Handler of free_nested(): VMX operation ends.
+#[no_mangle]
+extern "C" fn mtk_on_free_nested(vcpu: *mut bindings::kvm_vcpu, _cont: Continuation) -> Verdict {
+    flush(vcpu, HookId::FREE_NESTED);
+    Verdict::STOCK
+}
+
+/// Handler of vcpu_put(): the vCPU leaves KVM_RUN, or another ioctl.
+#[no_mangle]
+extern "C" fn mtk_on_vcpu_put(vcpu: *mut bindings::kvm_vcpu, _cont: Continuation) -> Verdict {
+    flush(vcpu, HookId::VCPU_PUT);
+    Verdict::STOCK
+}
+
+/// On each exit while the path is being switched off: nothing may be kept any more.
+pub(super) fn leave(raw: *mut bindings::kvm_vcpu) {
+    if super::mode(NUMBER) == Mode::Off {
+        flush(raw, HookId::HANDLE_EXIT);
+    }
+}
+
+/// Rounds of about a millisecond after which a vCPU that sleeps in KVM_RUN is sent out.
+const PATIENCE: u32 = 50;
+
+/// Waits until nothing is kept for any vCPU. One that runs writes it back on its next exit, one that sleeps
+/// in KVM_RUN is sent out, and one that is out has nothing.
+fn drain() {
+    // A handler that saw the old mode may be about to keep something. It is in its section by the time it
+    // looks at the mode; once there is none, nothing more is kept.
+    hook::wait_for_atomic_handlers();
+    for hook in [HookId::HANDLE_VMPTRLD, HookId::HANDLE_VMCLEAR] {
+        while hook.in_flight() != 0 {
+            // SAFETY: Process context.
+            unsafe { bindings::msleep(1) };
+        }
+    }
+    let mut rounds = 0u32;
+    loop {
+        let mut left = false;
+        state::for_each_vcpu(|raw, counters| {
+            if !counters.vmptrld.holding.load(Ordering::Acquire) {
+                return;
+            }
+            left = true;
+            if rounds >= PATIENCE {
+                thread::interrupt(counters.fields.thread());
+                // SAFETY: Neither vCPU nor state goes meanwhile; wakes the thread if it sleeps in
+                // kvm_vcpu_block().
+                unsafe { CallId::WAKE_UP.call([raw as usize]) };
+            }
+        });
+        if !left {
+            return;
+        }
+        rounds = rounds.saturating_add(1);
+        // SAFETY: Process context.
+        unsafe { bindings::msleep(1) };
+    }
+}
