@@ -80,6 +80,10 @@ pub struct BenchArgs {
     #[arg(long, requires = "test", value_name = "DIR")]
     pub log: Option<PathBuf>,
 
+    /// With --test: save L1 and go on in a new VM, again and again at points that this number decides
+    #[arg(long, requires = "test", value_name = "SEED")]
+    pub shuffle: Option<u64>,
+
     /// Do this operation once between the emulator's profile marks, at one depth and in one
     /// configuration (see scripts/profile)
     #[arg(long, value_name = "OP", value_parser = parse_op)]
@@ -145,6 +149,7 @@ impl BenchArgs {
     pub fn local(&self) -> Local {
         Local {
             limit: self.timeout.map(Duration::from_secs),
+            shuffle: self.shuffle,
             ..Local::default()
         }
     }

@@ -112,6 +112,13 @@ pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
                 .map_err(|error| Failure(Code::Failed, format!("{}: {error}", file.display())))?;
         }
     }
+    if args.shuffle.is_some() {
+        let counts = outcome.shuffles;
+        println!(
+            "saved and restored {} times, {} in L2, {} with a current VMCS that memory did not have",
+            counts.all, counts.in_l2, counts.dirty
+        );
+    }
     for error in &probe.errors {
         eprintln!("matryoshka: L{level}: {error}");
     }

@@ -94,6 +94,7 @@ fn level(parent: Parent) -> Result<u32, (u32, Error)> {
     let local = Local {
         terminal: console.as_ref().map(AsRawFd::as_raw_fd),
         limit: None,
+        ..Local::default()
     };
     let outcome = stack::run(&spec, &files, local, &mut Relay(parent)).map_err(fail)?;
     if spec.verbose > 0 {

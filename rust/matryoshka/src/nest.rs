@@ -306,6 +306,7 @@ fn start(args: &NestArgs, spec: &Spec) -> vmm::Result<stack::Outcome> {
     let local = Local {
         terminal: spec.interactive().then(|| stdin.as_raw_fd()),
         limit: args.timeout.map(Duration::from_secs),
+        ..Local::default()
     };
     let outcome = stack::run(spec, &files, local, &mut host);
     drop(raw);

@@ -28,6 +28,7 @@ pub mod module;
 pub mod mptable;
 pub mod parent;
 pub mod payload;
+pub mod shuffle;
 pub mod stack;
 pub mod stats;
 mod vcpu;

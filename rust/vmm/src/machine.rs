@@ -16,6 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::boot::Entry;
 use crate::device::{Bus, Host, Irq, COM1_IRQ};
 use crate::memory::Memory;
+use crate::shuffle::{self, Shuffler};
 use crate::{dump, stats, vcpu};
 use crate::{Error, Result};
 
@@ -40,6 +41,9 @@ pub struct Config {
     pub escape: bool,
     /// End the machine after this time, if it has not ended itself.
     pub limit: Option<Duration>,
+    /// Replace VM and vCPU by new ones now and then, at points that this seed decides
+    /// ([`shuffle`]). Only with one CPU.
+    pub shuffle: Option<u64>,
 }
 
 impl Default for Config {
@@ -50,6 +54,7 @@ impl Default for Config {
             terminal: None,
             escape: false,
             limit: None,
+            shuffle: None,
         }
     }
 }
@@ -103,6 +108,8 @@ pub struct Report {
     /// KVM's statistics of the VM and of all vCPUs, the latter added up; empty where
     /// the kernel has none.
     pub stats: BTreeMap<String, u64>,
+    /// How often the machine was replaced by a new one.
+    pub shuffles: shuffle::Counts,
 }
 
 /// A machine ready to run.
@@ -134,22 +141,12 @@ impl Machine {
                 config.cpus
             )));
         }
-        let vm = kvm.create_vm().map_err(Error::kvm("KVM_CREATE_VM"))?;
-        vm.set_tss_address(TSS_ADDR)
-            .map_err(Error::kvm("KVM_SET_TSS_ADDR"))?;
-        vm.set_identity_map_address(IDENTITY_MAP_ADDR)
-            .map_err(Error::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
-        vm.create_irq_chip()
-            .map_err(Error::kvm("KVM_CREATE_IRQCHIP"))?;
-        if config.pit {
-            // The dummy answers port 0x61 in the kernel instead of here.
-            let pit = kvm_pit_config {
-                flags: KVM_PIT_SPEAKER_DUMMY,
-                ..Default::default()
-            };
-            vm.create_pit2(pit).map_err(Error::kvm("KVM_CREATE_PIT2"))?;
+        if config.cpus != 1 && config.shuffle.is_some() {
+            return Err(Error::Stack(
+                "only a machine with one CPU can be shuffled".into(),
+            ));
         }
-        mem.register(&vm)?;
+        let vm = new_vm(kvm, &config, &mem)?;
         let cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(Error::kvm("KVM_GET_SUPPORTED_CPUID"))?;
@@ -167,9 +164,18 @@ impl Machine {
     /// Runs the machine to its end, each vCPU in a thread of its own.
     pub fn run(mut self, host: &mut dyn Host) -> Result<Report> {
         let irq = EventFd::new(0).map_err(|_| Error::os("eventfd"))?;
-        self.vm
-            .register_irqfd(&irq, COM1_IRQ)
-            .map_err(Error::kvm("KVM_IRQFD"))?;
+        connect(&self.vm, &irq)?;
+        let due = AtomicBool::new(false);
+        let mut shuffler = match self.config.shuffle {
+            None => None,
+            Some(seed) => Some(Shuffler::new(
+                &mut self.vm,
+                &self.mem,
+                &self.config,
+                irq.try_clone().map_err(|_| Error::os("eventfd"))?,
+                seed,
+            )?),
+        };
         let bus = Mutex::new(Bus::new(
             Irq(irq),
             self.config.terminal.is_some(),
@@ -196,16 +202,40 @@ impl Machine {
                     }
                 });
             }
+            if let Some(seed) = self.config.shuffle {
+                let (stop, due, id) = (&stop, &due, &ids[0]);
+                s.spawn(move || {
+                    let mut numbers = shuffle::Numbers::new(!seed);
+                    while !stop.load(Ordering::Acquire) {
+                        std::thread::sleep(shuffle::pause(&mut numbers));
+                        // Making a VM may take longer than that, and the guest must get on.
+                        if due.swap(true, Ordering::Relaxed) {
+                            continue;
+                        }
+                        match id.load(Ordering::Acquire) {
+                            0 => {}
+                            // SAFETY: as below. The vCPU's thread is joined after `stop` is set, at the
+                            // latest with this one at the end of the scope.
+                            id => unsafe {
+                                libc::pthread_kill(id, kick);
+                            },
+                        }
+                    }
+                });
+            }
+            // There is one vCPU if there is a shuffler.
+            let mut shuffler = shuffler.as_mut();
             let threads: Vec<_> = self
                 .vcpus
                 .iter_mut()
                 .zip(&ids)
                 .map(|(vcpu, id)| {
                     let (bus, stop, running, tx) = (&bus, &stop, &running, tx.clone());
+                    let shuffle = shuffler.take().map(|shuffler| (shuffler, &due));
                     s.spawn(move || {
                         // SAFETY: has no preconditions.
                         id.store(unsafe { libc::pthread_self() }, Ordering::Release);
-                        let exit = vcpu::run(vcpu, bus, stop);
+                        let exit = vcpu::run(vcpu, bus, stop, shuffle);
                         let dump = exit.is_none().then(|| dump::registers(vcpu));
                         if let Some(exit) = exit {
                             // The receiver only goes away after all of us have.
@@ -250,6 +280,7 @@ impl Machine {
         });
         bus.lock().unwrap_or_else(PoisonError::into_inner).flush();
         drop(bus);
+        let shuffles = shuffler.map_or_else(Default::default, |shuffler| shuffler.counts());
 
         let mut totals = stats::read(&self.vm).unwrap_or_default();
         for v in &self.vcpus {
@@ -260,8 +291,42 @@ impl Machine {
         Ok(Report {
             exit,
             stats: totals,
+            shuffles,
         })
     }
+}
+
+/// Makes a VM with its interrupt controllers and its memory, and no vCPU yet.
+pub(crate) fn new_vm(kvm: &Kvm, config: &Config, mem: &Memory) -> Result<VmFd> {
+    let vm = kvm.create_vm().map_err(Error::kvm("KVM_CREATE_VM"))?;
+    vm.set_tss_address(TSS_ADDR)
+        .map_err(Error::kvm("KVM_SET_TSS_ADDR"))?;
+    vm.set_identity_map_address(IDENTITY_MAP_ADDR)
+        .map_err(Error::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
+    vm.create_irq_chip()
+        .map_err(Error::kvm("KVM_CREATE_IRQCHIP"))?;
+    if config.pit {
+        // The dummy answers port 0x61 in the kernel instead of here.
+        let pit = kvm_pit_config {
+            flags: KVM_PIT_SPEAKER_DUMMY,
+            ..Default::default()
+        };
+        vm.create_pit2(pit).map_err(Error::kvm("KVM_CREATE_PIT2"))?;
+    }
+    mem.register(&vm)?;
+    Ok(vm)
+}
+
+/// Connects COM1's interrupt to a VM.
+pub(crate) fn connect(vm: &VmFd, irq: &EventFd) -> Result<()> {
+    vm.register_irqfd(irq, COM1_IRQ)
+        .map_err(Error::kvm("KVM_IRQFD"))
+}
+
+/// Takes it away again.
+pub(crate) fn disconnect(vm: &VmFd, irq: &EventFd) -> Result<()> {
+    vm.unregister_irqfd(irq, COM1_IRQ)
+        .map_err(Error::kvm("KVM_IRQFD"))
 }
 
 /// Installs the handler of the signal that gets a vCPU out of KVM_RUN.

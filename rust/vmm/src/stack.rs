@@ -23,7 +23,7 @@ use crate::files::{Files, DIR};
 use crate::machine::{self, Exit, Machine};
 use crate::memory::{Memory, PAGE};
 use crate::payload::PAYLOAD_MIB;
-use crate::{backdoor, boot, module, mptable, payload, Error, Result};
+use crate::{backdoor, boot, module, mptable, payload, shuffle, Error, Result};
 
 /// The most levels. Each one costs sixteen times the one before, so nobody gets
 /// near it; it keeps a slip of the finger from filling memory.
@@ -155,6 +155,8 @@ pub struct Outcome {
     pub exit: Exit,
     /// KVM's statistics of it.
     pub stats: BTreeMap<String, u64>,
+    /// How often it was replaced by a new one.
+    pub shuffles: shuffle::Counts,
 }
 
 /// Options that are this level's alone.
@@ -164,6 +166,8 @@ pub struct Local {
     pub terminal: Option<RawFd>,
     /// Give up after this time.
     pub limit: Option<Duration>,
+    /// Save and restore this level's machine at points that this seed decides ([`shuffle`]).
+    pub shuffle: Option<u64>,
 }
 
 /// Runs the machine of `spec.level`+1, with everything inside it, to its end.
@@ -181,6 +185,7 @@ pub fn run(spec: &Spec, files: &Files, local: Local, handler: &mut dyn Handler) 
         // In the levels between the escape is just two more characters.
         escape: spec.level == 0,
         limit: local.limit,
+        shuffle: local.shuffle,
     };
     let (mem, entry) = if spec.runs_linux() {
         let next = Spec {
@@ -215,6 +220,7 @@ pub fn run(spec: &Spec, files: &Files, local: Local, handler: &mut dyn Handler) 
         None => Ok(Outcome {
             exit: report.exit,
             stats: report.stats,
+            shuffles: report.shuffles,
         }),
     }
 }

@@ -13,6 +13,7 @@ use crate::cpuid::{self, Topology};
 use crate::device::{Bus, Flow};
 use crate::dump;
 use crate::machine::Exit;
+use crate::shuffle::Shuffler;
 use crate::{Error, Result};
 
 const MSR_IA32_FEATURE_CONTROL: u32 = 0x3a;
@@ -109,11 +110,24 @@ fn set_msrs(vcpu: &VcpuFd, vmx: bool) -> Result<()> {
     Ok(())
 }
 
-/// Runs until the machine ends or `stop` is set; `None` for the latter.
-pub(crate) fn run(vcpu: &mut VcpuFd, bus: &Mutex<Bus>, stop: &AtomicBool) -> Option<Exit> {
+/// Runs until the machine ends or `stop` is set; `None` for the latter. With a shuffler, goes on in
+/// a new VM whenever the flag beside it says so.
+pub(crate) fn run(
+    vcpu: &mut VcpuFd,
+    bus: &Mutex<Bus>,
+    stop: &AtomicBool,
+    mut shuffle: Option<(&mut Shuffler, &AtomicBool)>,
+) -> Option<Exit> {
     // A panic under the lock ends the process (panic=abort), so poison means little.
     let lock = || bus.lock().unwrap_or_else(PoisonError::into_inner);
     while !stop.load(Ordering::Acquire) {
+        let due = shuffle.as_mut().is_some_and(|(shuffler, due)| {
+            shuffler.exit(due);
+            due.load(Ordering::Relaxed)
+        });
+        // With this KVM_RUN only completes what the last exit has left to do, and then says EINTR; or it
+        // makes an exit of its own, such as for the next element of a string.
+        vcpu.set_kvm_immediate_exit(due.into());
         let bad = match vcpu.run() {
             Ok(VcpuExit::IoOut(NOP, _)) => continue,
             Ok(VcpuExit::IoOut(port, data)) => match lock().out(port, data) {
@@ -138,8 +152,21 @@ pub(crate) fn run(vcpu: &mut VcpuFd, bus: &Mutex<Bus>, stop: &AtomicBool) -> Opt
             Ok(VcpuExit::InternalError) => Bad::Internal,
             Ok(VcpuExit::Intr) => continue,
             Ok(other) => Bad::Other(format!("exit to user space that nobody handles: {other:?}")),
+            Err(e) if e.errno() == libc::EINTR && due => Bad::Shuffle,
             Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => continue,
             Err(e) => Bad::Other(format!("KVM_RUN: {e}")),
+        };
+        let bad = match (bad, &mut shuffle) {
+            (Bad::Shuffle, Some((shuffler, due))) => {
+                let done = shuffler.shuffle(vcpu);
+                // Only now, or the guest would not get on.
+                due.store(false, Ordering::Relaxed);
+                match done {
+                    Ok(()) => continue,
+                    Err(e) => Bad::Other(format!("it could not be saved and restored: {e}")),
+                }
+            }
+            (bad, _) => bad,
         };
         return Some(explain(vcpu, bad));
     }
@@ -149,9 +176,14 @@ pub(crate) fn run(vcpu: &mut VcpuFd, bus: &Mutex<Bus>, stop: &AtomicBool) -> Opt
 /// An end that wants a dump, kept apart because the exit borrows the vCPU.
 enum Bad {
     Shutdown,
-    FailEntry { reason: u64, cpu: u32 },
+    FailEntry {
+        reason: u64,
+        cpu: u32,
+    },
     Internal,
     Other(String),
+    /// No end at all: it is time for a new VM.
+    Shuffle,
 }
 
 fn explain(vcpu: &mut VcpuFd, bad: Bad) -> Exit {
@@ -181,5 +213,9 @@ fn explain(vcpu: &mut VcpuFd, bad: Bad) -> Exit {
             }
         }
         Bad::Other(what) => Exit::Failed { what, dump },
+        Bad::Shuffle => Exit::Failed {
+            what: "nobody shuffles this machine".into(),
+            dump,
+        },
     }
 }

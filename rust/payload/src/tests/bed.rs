@@ -43,17 +43,38 @@ impl fmt::Display for Outcome {
     }
 }
 
+/// Exit reasons that define the VM-exit instruction information (SDM volume 3, 28.2.5): string I/O,
+/// VMX instructions, descriptor-table accesses, invalidations, RDRAND and RDSEED, XSAVES and XRSTORS.
+const INFORMATIVE: [u64; 16] = [
+    19, 21, 22, 23, 25, 27, IO, 46, 47, 50, 53, 57, 58, 61, 63, 64,
+];
+const IO: u64 = 30;
+/// In the qualification of an I/O exit: a string instruction.
+const IO_STRING: u64 = 1 << 4;
+const PREEMPTION_TIMER: u64 = 52;
+
 /// The rest of what an exit tells.
 pub struct Details;
 
 impl fmt::Display for Details {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let read = |field| vmread(field).unwrap_or(u64::MAX);
+        // Where an exit leaves it undefined there is what an earlier one left, until the machine is saved
+        // and restored.
+        let info = match read(field::VM_EXIT_REASON) {
+            IO if read(field::EXIT_QUALIFICATION) & IO_STRING == 0 => 0,
+            reason if INFORMATIVE.contains(&reason) => read(field::VMX_INSTRUCTION_INFO),
+            _ => 0,
+        };
+        let length = match read(field::VM_EXIT_REASON) {
+            PREEMPTION_TIMER => 0,
+            _ => read(field::VM_EXIT_INSTRUCTION_LEN),
+        };
         write!(
             f,
             "length {} info {:#x} interruption {:#x}/{:#x} vectoring {:#x}/{:#x}",
-            read(field::VM_EXIT_INSTRUCTION_LEN),
-            read(field::VMX_INSTRUCTION_INFO),
+            length,
+            info,
             read(field::VM_EXIT_INTR_INFO),
             read(field::VM_EXIT_INTR_ERROR_CODE),
             read(field::IDT_VECTORING_INFO_FIELD),

@@ -3,7 +3,9 @@
 
 use super::bed::{calls, Bed};
 use super::log;
-use crate::vmx::field::{is_64_bit, EVERY, GUEST_LINEAR_ADDRESS, GUEST_PHYSICAL_ADDRESS};
+use crate::vmx::field::{
+    is_64_bit, EVERY, GUEST_LINEAR_ADDRESS, GUEST_PHYSICAL_ADDRESS, VMX_INSTRUCTION_INFO,
+};
 use crate::vmx::ops::{vmclear, vmptrld, vmread, vmwrite, VmxError};
 use crate::vmx::{self, setup::Features};
 
@@ -107,8 +109,13 @@ fn after_exit() -> Result<(), VmxError> {
         for _ in 0..3 {
             bed.good(name)?;
         }
-        // A VMCALL leaves no address: these two keep whatever an earlier exit, of anybody's, put there.
-        const STALE: [u32; 2] = [GUEST_LINEAR_ADDRESS, GUEST_PHYSICAL_ADDRESS];
+        // A VMCALL leaves no address and no information about operands: these keep whatever an earlier
+        // exit, of anybody's, put there.
+        const STALE: [u32; 3] = [
+            GUEST_LINEAR_ADDRESS,
+            GUEST_PHYSICAL_ADDRESS,
+            VMX_INSTRUCTION_INFO,
+        ];
         for &(encoding, field) in EVERY
             .iter()
             .filter(|(encoding, _)| !STALE.contains(encoding))

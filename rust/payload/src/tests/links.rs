@@ -307,17 +307,22 @@ impl Links {
             let (model, numbers, scripted) =
                 (&self.model, &mut self.numbers, &mut self.mains[main]);
             scripted.clear();
+            // In some rounds the VMM may save the machine behind each write.
+            let save = round % 4 == 1;
             for _ in 0..8 {
                 let at = numbers.below(EVERY.len());
                 if model.writable(at) {
                     scripted.push(Form::Read, EVERY[at].0 as u64, 0);
                     scripted.push(Form::Write, EVERY[at].0 as u64, numbers.next());
+                    if save {
+                        scripted.push(Form::Out, 0, 0);
+                    }
                 }
             }
             if !scripted.run("owners")? {
                 continue;
             }
-            for pair in self.mains[main].steps().chunks(2) {
+            for pair in self.mains[main].steps().chunks(if save { 3 } else { 2 }) {
                 let at = EVERY
                     .iter()
                     .position(|&(encoding, _)| encoding as u64 == pair[0].field)

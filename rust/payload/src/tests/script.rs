@@ -56,6 +56,8 @@ pub enum Form {
     ReadTo,
     /// VMWRITE from the address in `value`.
     WriteFrom,
+    /// OUT to a port of the payload's VMM, which may save the machine then: no VMX instruction.
+    Out,
 }
 
 /// One step of the child.
@@ -119,6 +121,11 @@ global_asm!(
     "21: vmread [rdx], rcx",
     "    jmp 30f",
     "22: vmwrite rcx, [rdx]",
+    "    jmp 30f",
+    "23: mov r15, rdx",
+    "    mov edx, {nop}",
+    "    out dx, eax",
+    "    mov rdx, r15",
     "30: pushfq",
     "    pop qword ptr [rdi + {flags}]",
     "    mov [rdi + {value}], rdx",
@@ -127,13 +134,14 @@ global_asm!(
     "    jmp script_child_code",
     ".balign 4",
     "20: .long 10b - 20b, 11b - 20b, 12b - 20b, 13b - 20b, 14b - 20b, 15b - 20b",
-    "    .long 16b - 20b, 17b - 20b, 18b - 20b, 19b - 20b, 21b - 20b, 22b - 20b",
+    "    .long 16b - 20b, 17b - 20b, 18b - 20b, 19b - 20b, 21b - 20b, 22b - 20b, 23b - 20b",
     form = const offset_of!(Step, form),
     field = const offset_of!(Step, field),
     value = const offset_of!(Step, value),
     flags = const offset_of!(Step, flags),
     left = const offset_of!(Step, left),
     step = const size_of::<Step>(),
+    nop = const protocol::ports::NOP,
 );
 
 extern "C" {

@@ -4,6 +4,7 @@
 
 use super::log;
 use super::model::{page_sum, Model, Numbers};
+use crate::cpu;
 use crate::memory::{self, PAGE};
 use crate::vmx::field::{EVERY, GUEST_RIP};
 use crate::vmx::ops::{vmclear, vmptrld, vmptrst, vmwrite, vmxoff, vmxon, VmxError};
@@ -79,6 +80,10 @@ impl Turns {
                         }
                         if number >> 41 & 1 == 0 {
                             self.model.write(vmcs, at, self.numbers.next())?;
+                        }
+                        if number >> 44 & 63 == 0 {
+                            // The VMM may save the machine here, with what was written a moment ago.
+                            cpu::out32(protocol::ports::NOP, 0);
                         }
                         if number >> 42 & 3 == 0 {
                             self.model.check(vmcs, at, "written");
