@@ -31,6 +31,8 @@
 	HOOK(handle_vmclear, kvm_intel, handle_vmclear, 1)		\
 	HOOK(free_nested, kvm_intel, free_nested, 1)			\
 	HOOK(vcpu_put, kvm, vcpu_put, 1)				\
+	HOOK(nested_run, kvm_intel, nested_vmx_run, 2)			\
+	HOOK(sync_vmcs02, kvm_intel, sync_vmcs02_to_vmcs12, 2)		\
 	HOOK(enter_guest, kvm_intel, vmx_prepare_switch_to_guest, 1)
 
 /*

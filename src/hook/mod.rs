@@ -162,6 +162,8 @@ hook_ids! {
     HANDLE_VMCLEAR = mtk_hook_id_MTK_HOOK_handle_vmclear;
     FREE_NESTED = mtk_hook_id_MTK_HOOK_free_nested;
     VCPU_PUT = mtk_hook_id_MTK_HOOK_vcpu_put;
+    NESTED_RUN = mtk_hook_id_MTK_HOOK_nested_run;
+    SYNC_VMCS02 = mtk_hook_id_MTK_HOOK_sync_vmcs02;
     ENTER_GUEST = mtk_hook_id_MTK_HOOK_enter_guest;
 }
 

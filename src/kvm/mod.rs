@@ -4,8 +4,10 @@
 pub(crate) mod fields;
 pub(crate) mod guest_memory;
 pub(crate) mod nested;
+pub(crate) mod shadow_page;
 pub(crate) mod thread;
 pub(crate) mod vcpu;
+pub(crate) mod vmcs02;
 pub(crate) mod vmcs12;
 pub(crate) mod vmx;
 

@@ -162,6 +162,18 @@ impl Vcpu {
         unsafe { self.with_vmcs(vmcs01, f) }
     }
 
+    /// Runs `f` with vmcs02 current, whichever is now.
+    ///
+    /// # Safety
+    ///
+    /// As for `with_vmcs01`; L1 is in VMX operation.
+    pub(crate) unsafe fn with_vmcs02<R>(self, f: impl FnOnce() -> R) -> Option<R> {
+        // SAFETY: Only addresses are taken.
+        let vmcs02 = unsafe { &raw mut (*self.0).nested.vmcs02 };
+        // SAFETY: By this function's contract.
+        unsafe { self.with_vmcs(vmcs02, f) }
+    }
+
     /// What `copy_vmcs02_to_vmcs12_rare()` does: brings the guest state that KVM left in vmcs02
     /// (class `Late` of the field table) into vmcs12. `false` if it could not be done.
     ///
@@ -172,15 +184,13 @@ impl Vcpu {
         if !read!(self, nested.need_sync_vmcs02_to_vmcs12_rare) {
             return true;
         }
-        // SAFETY: Only an address is taken.
-        let vmcs02 = unsafe { &raw mut (*self.0).nested.vmcs02 };
         let vmcs12 = read!(self, nested.cached_vmcs12);
         let call = || {
             // SAFETY: vmcs02 is current and the arguments are KVM's own.
             unsafe { CallId::SYNC_RARE.call([self.0 as usize, vmcs12 as usize, 0]) }
         };
         // SAFETY: By this function's contract.
-        unsafe { self.with_vmcs(vmcs02, call) }.flatten().is_some()
+        unsafe { self.with_vmcs02(call) }.flatten().is_some()
     }
 
     /// Makes one of the vCPU's VMCSs current the way KVM does where it needs the other one for a

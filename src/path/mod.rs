@@ -6,8 +6,10 @@
 //! `control` attaches and detaches, `sysfs` shows it.
 
 pub(crate) mod checks;
+mod drain;
 pub(crate) mod exits;
 pub(crate) mod fields;
+pub(crate) mod l2fields;
 pub(crate) mod vmptrld;
 
 use crate::{
@@ -49,7 +51,7 @@ impl Path {
 }
 
 /// All paths; a path's number is its place here.
-pub(crate) static PATHS: &[Path] = &[checks::PATH, fields::PATH, vmptrld::PATH];
+pub(crate) static PATHS: &[Path] = &[checks::PATH, fields::PATH, vmptrld::PATH, l2fields::PATH];
 
 /// Hooks that keep per-vCPU state honest; attached whenever any path is not off, before the path's
 /// own and detached after them.
@@ -157,6 +159,8 @@ pub(crate) struct CounterSet {
     pub(crate) fields: fields::Shared,
     /// As `fields`, for the path `vmptrld`.
     pub(crate) vmptrld: vmptrld::Shared,
+    /// As `fields`, for the path `l2fields`.
+    pub(crate) l2fields: l2fields::Shared,
 }
 
 impl CounterSet {
@@ -167,6 +171,7 @@ impl CounterSet {
             exits: exits::Exits::new(),
             fields: fields::Shared::new(),
             vmptrld: vmptrld::Shared::new(),
+            l2fields: l2fields::Shared::new(),
         }
     }
 
@@ -228,6 +233,7 @@ pub(crate) struct Local {
     pub(crate) checks: checks::Memory,
     pub(crate) fields: fields::Memory,
     pub(crate) regions: vmptrld::Regions,
+    pub(crate) l2fields: l2fields::Memory,
 }
 
 impl Local {
@@ -236,6 +242,7 @@ impl Local {
         checks: checks::Memory::NEW,
         fields: fields::Memory::NEW,
         regions: vmptrld::Regions::NEW,
+        l2fields: l2fields::Memory::NEW,
     };
 
     /// Forgets everything that was concluded from the vCPU's configuration.

@@ -4,6 +4,7 @@
 
 pub mod btf;
 pub mod learn;
+pub mod masks;
 pub mod mode;
 pub mod operand;
 pub mod segments;

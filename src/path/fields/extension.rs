@@ -39,8 +39,8 @@ pub(super) struct Extension {
 /// # Safety
 ///
 /// A shadow VMCS that is about to be filled is current.
-pub(super) unsafe fn drops_reserved() -> bool {
-    pub(super) const GUEST_ES_AR_BYTES: u64 = 0x4814;
+pub(in crate::path) unsafe fn drops_reserved() -> bool {
+    const GUEST_ES_AR_BYTES: u64 = 0x4814;
     // SAFETY: By this function's contract.
     unsafe {
         vmx::vmwrite(GUEST_ES_AR_BYTES, u64::from(u32::MAX))

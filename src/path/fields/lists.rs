@@ -6,10 +6,19 @@ use super::{fields::Field, Number};
 
 /// A page that the processor reads: one bit for each field encoding, set if the access exits.
 #[repr(C, align(4096))]
-pub(super) struct Bitmap([u64; 512]);
+pub(in crate::path) struct Bitmap([u64; WORDS]);
+
+/// Words of a bitmap.
+pub(in crate::path) const WORDS: usize = 512;
 
 impl Bitmap {
-    pub(super) fn set(&mut self, field: &Field, exits: bool) {
+    /// One word of 64 encodings, to change it.
+    #[inline(always)]
+    pub(in crate::path) fn word(&mut self, index: u16) -> Option<&mut u64> {
+        self.0.get_mut(index as usize)
+    }
+
+    pub(in crate::path) fn set(&mut self, field: &Field, exits: bool) {
         let mut one = |encoding: u16| {
             if let Some(word) = self.0.get_mut(encoding as usize / 64) {
                 let bit = 1 << (encoding % 64);
@@ -23,11 +32,11 @@ impl Bitmap {
     }
 
     /// Makes the bits of `field` what they are in `other`.
-    pub(super) fn copy(&mut self, field: &Field, other: &Bitmap) {
+    pub(in crate::path) fn copy(&mut self, field: &Field, other: &Bitmap) {
         self.set(field, other.has(field));
     }
 
-    pub(super) fn has(&self, field: &Field) -> bool {
+    pub(in crate::path) fn has(&self, field: &Field) -> bool {
         let word = self
             .0
             .get(field.encoding as usize / 64)
@@ -36,29 +45,29 @@ impl Bitmap {
         word >> (field.encoding % 64) & 1 != 0
     }
 
-    pub(super) fn clear_bits(&self) -> usize {
+    pub(in crate::path) fn clear_bits(&self) -> usize {
         self.0.iter().map(|w| w.count_zeros() as usize).sum()
     }
 }
 
 /// One field to copy, with all that the copy needs in one word.
 #[derive(Clone, Copy)]
-pub(super) struct Entry {
-    pub(super) encoding: u16,
-    pub(super) offset: u16,
-    pub(super) number: Number,
+pub(in crate::path) struct Entry {
+    pub(in crate::path) encoding: u16,
+    pub(in crate::path) offset: u16,
+    pub(in crate::path) number: Number,
     /// A change marks vmcs12 dirty.
-    pub(super) matters: bool,
+    pub(in crate::path) matters: bool,
 }
 
 /// Lists of fields to copy, one for each width, so that the copies have nothing to decide.
-pub(super) struct List<const N: usize> {
-    pub(super) entries: [[Entry; N]; 3],
-    pub(super) lens: [usize; 3],
+pub(in crate::path) struct List<const N: usize> {
+    pub(in crate::path) entries: [[Entry; N]; 3],
+    pub(in crate::path) lens: [usize; 3],
 }
 
 impl<const N: usize> List<N> {
-    pub(super) const EMPTY: Self = Self {
+    pub(in crate::path) const EMPTY: Self = Self {
         entries: [[Entry {
             encoding: 0,
             offset: 0,
@@ -68,12 +77,12 @@ impl<const N: usize> List<N> {
         lens: [0; 3],
     };
 
-    pub(super) fn clear(&mut self) {
+    pub(in crate::path) fn clear(&mut self) {
         self.lens = [0; 3];
     }
 
     /// Appends a field; `false` if there is no room for it.
-    pub(super) fn push(&mut self, number: Number, field: &Field) -> bool {
+    pub(in crate::path) fn push(&mut self, number: Number, field: &Field) -> bool {
         let class = match field.width() {
             2 => 0,
             4 => 1,
@@ -98,7 +107,7 @@ impl<const N: usize> List<N> {
 
     /// The fields of one width: 0 for 16 bits, 1 for 32, 2 for 64.
     #[inline(always)]
-    pub(super) fn of<const CLASS: usize>(&self) -> &[Entry] {
+    pub(in crate::path) fn of<const CLASS: usize>(&self) -> &[Entry] {
         self.entries[CLASS]
             .get(..self.lens[CLASS])
             .unwrap_or_default()
@@ -123,4 +132,4 @@ macro_rules! for_each_width {
     }};
 }
 
-pub(super) use for_each_width;
+pub(in crate::path) use for_each_width;

@@ -19,9 +19,8 @@
 //! `kvm::fields` says for each field whether and when it may be learned. Those that KVM leaves in
 //! vmcs02 are fetched before each copy to the shadow VMCS while one of them is learned.
 
-mod drain;
-mod extension;
-mod lists;
+pub(super) mod extension;
+pub(super) mod lists;
 mod memory;
 
 pub(crate) use memory::{Memory, Shared};
@@ -67,7 +66,7 @@ pub(super) const PATH: Path = Path {
         CallId::SYNC_RARE,
         CallId::FIELD_OFFSET,
     ],
-    drain: Some(drain::drain),
+    drain: Some(drain),
     drain_hooks: &[HookId::ENTER_GUEST],
     reasons: &["no_state", "unknown_field", "never", "learning", "evmcs"],
 };
@@ -102,6 +101,40 @@ fn mode() -> Mode {
     } else {
         super::mode(NUMBER)
     }
+}
+
+/// Gives the vCPU back to the stock code.
+///
+/// # Safety
+///
+/// The vCPU is loaded on this CPU by this task.
+unsafe fn withdraw(vcpu: Vcpu) {
+    state::with(vcpu, |local, counters| {
+        let (regions, count) = (&mut local.regions, counters.path::<NUMBER>());
+        // SAFETY: By this function's contract.
+        unsafe {
+            local
+                .fields
+                .withdraw(vcpu, regions, count, &counters.fields)
+        };
+    });
+}
+
+/// On each entry of the guest while the path is being switched off.
+pub(super) fn leave(raw: *mut bindings::kvm_vcpu) {
+    if super::mode(NUMBER) == Mode::Off {
+        // SAFETY: The hooked function's own argument; the vCPU is about to run.
+        unsafe { withdraw(Vcpu::from_hook(raw)) };
+    }
+}
+
+fn drain() {
+    super::drain::drain(
+        &[],
+        |counters| counters.fields.is_extended(),
+        // SAFETY: `drain` has the vCPU loaded.
+        |vcpu| unsafe { withdraw(vcpu) },
+    );
 }
 
 /// Handler of copy_shadow_to_vmcs12(): the shadow VMCS is up to date.
@@ -201,7 +234,7 @@ fn make_room(vcpu: Vcpu, hook: HookId) {
 }
 
 /// Whether KVM lets L1 use the field on this host, at the place where we expect it.
-fn kvm_knows(number: Number) -> bool {
+pub(super) fn kvm_knows(number: Number) -> bool {
     let Some(field) = FIELDS.get(number as usize) else {
         return false;
     };
@@ -210,22 +243,38 @@ fn kvm_knows(number: Number) -> bool {
     offset.is_some_and(|o| o as i16 == field.offset as i16)
 }
 
-/// L1 has executed VMREAD or VMWRITE of a field that is not shadowed.
-fn accessed(raw: *mut bindings::kvm_vcpu, write: bool) {
+/// L1, or L2 where L1 does not want to see it, has executed VMREAD or VMWRITE of a field that is not shadowed.
+fn accessed(raw: *mut bindings::kvm_vcpu, write: bool, cont: Continuation) -> Verdict {
     // SAFETY: The hooked function's own argument.
     let vcpu = unsafe { Vcpu::from_hook(raw) };
+    let id = if write {
+        HookId::HANDLE_VMWRITE
+    } else {
+        HookId::HANDLE_VMREAD
+    };
+    let nested = vcpu.guest_mode();
     let mode = mode();
-    if mode == Mode::Off || vcpu.guest_mode() || vcpu.current_vmptr() == u64::MAX {
-        return;
+    if (mode == Mode::Off && !nested) || vcpu.current_vmptr() == u64::MAX {
+        return Verdict::STOCK;
     }
     // SAFETY: In a handler of an exit, the exited VMCS is current.
     let Some(info) = (unsafe { vmx::vmread(vmx::VMX_INSTRUCTION_INFO) }) else {
-        return;
+        return Verdict::STOCK;
     };
     // Register 2 names the field (SDM table 29-14).
     let Some(encoding) = vcpu.gpr((info >> 28 & 0xf) as usize) else {
-        return;
+        return Verdict::STOCK;
     };
+    if nested {
+        if !super::l2fields::accessed(vcpu, id, encoding) {
+            return Verdict::STOCK;
+        }
+        let section = InFlight::enter(id);
+        // SAFETY: This handler's continuation and the hooked function's own argument.
+        let value = unsafe { section.call_stock(cont, [vcpu.key(), 0, 0]) };
+        super::l2fields::renew(vcpu, &section);
+        return Verdict::handled(value);
+    }
 
     let room = state::with(vcpu, |local, counters| {
         let count = counters.path::<NUMBER>();
@@ -278,27 +327,19 @@ fn accessed(raw: *mut bindings::kvm_vcpu, write: bool) {
         memory.extension.is_some()
     });
     if room != Some(true) {
-        make_room(
-            vcpu,
-            if write {
-                HookId::HANDLE_VMWRITE
-            } else {
-                HookId::HANDLE_VMREAD
-            },
-        );
+        make_room(vcpu, id);
     }
+    Verdict::STOCK
 }
 
 /// Handler of handle_vmread(): learns, and lets the stock function run.
 #[no_mangle]
-extern "C" fn mtk_on_handle_vmread(vcpu: *mut bindings::kvm_vcpu, _cont: Continuation) -> Verdict {
-    accessed(vcpu, false);
-    Verdict::STOCK
+extern "C" fn mtk_on_handle_vmread(vcpu: *mut bindings::kvm_vcpu, cont: Continuation) -> Verdict {
+    accessed(vcpu, false, cont)
 }
 
 /// Handler of handle_vmwrite(): learns, and lets the stock function run.
 #[no_mangle]
-extern "C" fn mtk_on_handle_vmwrite(vcpu: *mut bindings::kvm_vcpu, _cont: Continuation) -> Verdict {
-    accessed(vcpu, true);
-    Verdict::STOCK
+extern "C" fn mtk_on_handle_vmwrite(vcpu: *mut bindings::kvm_vcpu, cont: Continuation) -> Verdict {
+    accessed(vcpu, true, cont)
 }

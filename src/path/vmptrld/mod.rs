@@ -27,11 +27,11 @@ pub(crate) use regions::Regions;
 use super::{fields, CounterSet, Counters, Local, Path};
 use crate::{
     bindings,
-    hook::{self, CallId, Continuation, HookId, InFlight, Verdict},
+    hook::{CallId, Continuation, HookId, InFlight, Verdict},
     kvm::{
         guest_memory::{GuestMemory, SrcuGuard},
         nested::Header,
-        thread, Vcpu,
+        Vcpu,
     },
     policy::mode::Mode,
     state,
@@ -383,6 +383,7 @@ fn flush(raw: *mut bindings::kvm_vcpu, hook: HookId) {
 #[no_mangle]
 extern "C" fn mtk_on_free_nested(vcpu: *mut bindings::kvm_vcpu, _cont: Continuation) -> Verdict {
     flush(vcpu, HookId::FREE_NESTED);
+    super::l2fields::end(vcpu);
     Verdict::STOCK
 }
 
@@ -406,28 +407,16 @@ const PATIENCE: u32 = 50;
 /// Waits until nothing is kept for any vCPU. One that runs writes it back on its next exit, one that sleeps
 /// in KVM_RUN is sent out, and one that is out has nothing.
 fn drain() {
-    // A handler that saw the old mode may be about to keep something. It is in its section by the time it
-    // looks at the mode; once there is none, nothing more is kept.
-    hook::wait_for_atomic_handlers();
-    for hook in [HookId::HANDLE_VMPTRLD, HookId::HANDLE_VMCLEAR] {
-        while hook.in_flight() != 0 {
-            // SAFETY: Process context.
-            unsafe { bindings::msleep(1) };
-        }
-    }
+    super::drain::wait_for_handlers(&[HookId::HANDLE_VMPTRLD, HookId::HANDLE_VMCLEAR]);
     let mut rounds = 0u32;
     loop {
         let mut left = false;
         state::for_each_vcpu(|raw, counters| {
-            if !counters.vmptrld.holding.load(Ordering::Acquire) {
-                return;
-            }
-            left = true;
-            if rounds >= PATIENCE {
-                thread::interrupt(counters.fields.thread());
-                // SAFETY: Neither vCPU nor state goes meanwhile; wakes the thread if it sleeps in
-                // kvm_vcpu_block().
-                unsafe { CallId::WAKE_UP.call([raw as usize]) };
+            if counters.vmptrld.holding.load(Ordering::Acquire) {
+                left = true;
+                if rounds >= PATIENCE {
+                    super::drain::send_out(raw, counters);
+                }
             }
         });
         if !left {

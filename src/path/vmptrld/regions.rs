@@ -7,6 +7,7 @@ use crate::{
     kvm::{
         guest_memory::{SrcuGuard, PAGE},
         nested::Pages,
+        shadow_page::ShadowPage,
         vmx, Vcpu,
     },
     path::{fields, Counters},
@@ -32,21 +33,17 @@ impl Owned {
     /// The CPU is in VMX root operation. `like` is a shadow VMCS of KVM's.
     unsafe fn new(like: *const bindings::vmcs) -> Result<Self> {
         let vmcs12 = KBox::<[u64; PAGE / 8]>::new_uninit(GFP_KERNEL_ACCOUNT | __GFP_NOWARN)?;
-        // SAFETY: Plain data that asks for nothing; a whole page.
-        let page = unsafe { bindings::get_free_pages_noprof(bindings::MTK_GFP_ZEROED, 0) };
-        if page == 0 {
-            return Err(ENOMEM);
-        }
-        let shadow = page as *mut bindings::vmcs;
+        // SAFETY: By this function's contract.
+        let shadow = unsafe { ShadowPage::new(like)? };
         let vmcs12 = KBox::into_raw(vmcs12).cast::<bindings::vmcs12>();
-        // SAFETY: Both are whole pages and new. The first word of a VMCS region is the revision identifier
-        // with the shadow indicator, which the processor leaves alone.
-        unsafe {
-            vmcs12.cast::<u8>().write_bytes(0, PAGE);
-            shadow.cast::<u32>().write(like.cast::<u32>().read());
-            vmx::vmclear(vmx::physical(shadow.cast()));
-        }
-        Ok(Self(Pages { vmcs12, shadow }))
+        // SAFETY: A whole page.
+        unsafe { vmcs12.cast::<u8>().write_bytes(0, PAGE) };
+        let pages = Pages {
+            vmcs12,
+            shadow: shadow.as_ptr(),
+        };
+        core::mem::forget(shadow);
+        Ok(Self(pages))
     }
 }
 
@@ -56,7 +53,7 @@ impl Drop for Owned {
         // the shadow VMCS), and nobody else's. A shadow VMCS here is clear.
         unsafe {
             drop(KBox::from_raw(self.0.vmcs12.cast::<[u64; PAGE / 8]>()));
-            bindings::free_pages(self.0.shadow as usize, 0);
+            drop(ShadowPage::from_raw(self.0.shadow));
         }
     }
 }

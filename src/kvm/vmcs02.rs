@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: GPL-2.0
+//! VMCS shadowing for L2: what L1 asks for, and the controls of vmcs02 that serve it.
+
+use super::{vcpu::read, vmcs12::field, vmx, Vcpu};
+use crate::bindings;
+
+const SECONDARY_VM_EXEC_CONTROL: u64 = 0x401e;
+const VMCS_LINK_POINTER: u64 = 0x2800;
+/// CPU_BASED_ACTIVATE_SECONDARY_CONTROLS.
+const ACTIVATE_SECONDARY: u64 = 1 << 31;
+/// SECONDARY_EXEC_SHADOW_VMCS.
+const SHADOW_VMCS: u32 = 1 << 14;
+
+/// Guest-physical addresses of the bitmaps that say which VMREADs and VMWRITEs of L2 are L1's.
+#[derive(Clone, Copy)]
+pub(crate) struct Bitmaps {
+    pub(crate) vmread: u64,
+    pub(crate) vmwrite: u64,
+}
+
+impl Vcpu {
+    /// L1's bitmaps, if L2 runs and L1 shadows VMCS accesses for it.
+    pub(crate) fn shadowing_for_l2(self) -> Option<Bitmaps> {
+        let vmcs12 = self.vmcs12()?;
+        let on = self.guest_mode() && !self.vmcs01_is_loaded() && self.has_l2_shadow();
+        on.then(|| Bitmaps {
+            vmread: field!(vmcs12, vmread_bitmap),
+            vmwrite: field!(vmcs12, vmwrite_bitmap),
+        })
+    }
+
+    /// `nested_cpu_has_shadow_vmcs()`, and there is a shadow VMCS.
+    pub(crate) fn has_l2_shadow(self) -> bool {
+        self.vmcs12().is_some_and(|vmcs12| {
+            !self.evmcs_is_mapped()
+                && field!(vmcs12, cpu_based_vm_exec_control) & ACTIVATE_SECONDARY != 0
+                && field!(vmcs12, secondary_vm_exec_control) & u64::from(SHADOW_VMCS) != 0
+                && field!(vmcs12, vmcs_link_pointer) != u64::MAX
+        })
+    }
+
+    /// KVM's copy of the shadow VMCS that L1 gave L2: a whole page while L1 is in VMX operation.
+    pub(crate) fn shadow_vmcs12(self) -> Option<*mut u8> {
+        let page = read!(self, nested.cached_shadow_vmcs12);
+        (!page.is_null()).then_some(page.cast())
+    }
+
+    /// Has the processor serve L2's VMREADs and VMWRITEs from `shadow` where the bitmaps let it. KVM clears
+    /// `shadow` when the vCPU goes to another CPU, as it does for vmcs01.
+    ///
+    /// # Safety
+    ///
+    /// vmcs02 is loaded, preemption is off. All three stay until `stop_serving_l2`; `shadow` is a shadow VMCS.
+    pub(crate) unsafe fn serve_l2(self, shadow: *mut bindings::vmcs, vmread: u64, vmwrite: u64) {
+        // SAFETY: By this function's contract; KVM's own copy of the control is kept right, so that KVM
+        // takes the bit back when it next prepares vmcs02.
+        unsafe {
+            (&raw mut (*self.raw()).nested.vmcs02.shadow_vmcs).write(shadow);
+            vmx::vmwrite(vmx::VMREAD_BITMAP, vmread);
+            vmx::vmwrite(vmx::VMWRITE_BITMAP, vmwrite);
+            vmx::vmwrite(VMCS_LINK_POINTER, vmx::physical(shadow.cast()));
+            self.set_vmcs02_shadowing(true);
+        }
+    }
+
+    /// The other way round; L2's accesses exit again. `shadow` is clear afterwards.
+    ///
+    /// # Safety
+    ///
+    /// vmcs02 is loaded, preemption is off, and `serve_l2` was called with `shadow`.
+    pub(crate) unsafe fn stop_serving_l2(self, shadow: *mut bindings::vmcs) {
+        // SAFETY: By this function's contract.
+        unsafe {
+            self.set_vmcs02_shadowing(false);
+            vmx::vmwrite(VMCS_LINK_POINTER, u64::MAX);
+            self.forget_l2_shadow(shadow);
+        }
+    }
+
+    /// As `stop_serving_l2`, when vmcs02 is about to be freed.
+    ///
+    /// # Safety
+    ///
+    /// The vCPU is loaded on this CPU and `serve_l2` was called with `shadow`.
+    pub(crate) unsafe fn forget_l2_shadow(self, shadow: *mut bindings::vmcs) {
+        // SAFETY: By this function's contract. Cleared before KVM forgets it, so that a migration in between
+        // clears it on the old CPU.
+        unsafe {
+            vmx::vmclear(vmx::physical(shadow.cast()));
+            (&raw mut (*self.raw()).nested.vmcs02.shadow_vmcs).write(core::ptr::null_mut());
+        }
+    }
+
+    /// `secondary_exec_controls_setbit()` and `secondary_exec_controls_clearbit()`.
+    ///
+    /// # Safety
+    ///
+    /// vmcs02 is loaded and preemption is off.
+    unsafe fn set_vmcs02_shadowing(self, on: bool) {
+        let was = read!(self, nested.vmcs02.controls_shadow.secondary_exec);
+        let now = if on {
+            was | SHADOW_VMCS
+        } else {
+            was & !SHADOW_VMCS
+        };
+        if now != was {
+            // SAFETY: By this function's contract.
+            unsafe {
+                vmx::vmwrite(SECONDARY_VM_EXEC_CONTROL, u64::from(now));
+                (&raw mut (*self.raw()).nested.vmcs02.controls_shadow.secondary_exec).write(now);
+            }
+        }
+    }
+
+    /// A pointer to vmcs01's shadow VMCS, to make another one like it.
+    pub(crate) fn shadow_vmcs01(self) -> Option<*const bindings::vmcs> {
+        let shadow = read!(self, vmcs01.shadow_vmcs);
+        (!shadow.is_null()).then_some(shadow.cast_const())
+    }
+}

@@ -1,0 +1,331 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What is kept for one vCPU to serve its L2, and the copies between KVM's copy of L2's shadow VMCS and the
+//! one that the processor uses.
+
+use crate::{
+    bindings,
+    kvm::{
+        fields::{Class, Number, FIELDS},
+        guest_memory::GuestMemory,
+        shadow_page::ShadowPage,
+        vmcs02::Bitmaps,
+        vmx, Vcpu,
+    },
+    path::{
+        fields::{
+            extension::drops_reserved,
+            lists::{for_each_width, Bitmap, List},
+        },
+        Counters,
+    },
+    policy::{learn::Learner, masks::Words},
+};
+use kernel::{new_spinlock, prelude::*, sync::SpinLock};
+use pin_init::{init_from_closure, Init};
+
+/// Most fields that are served.
+pub(super) const BUDGET: u8 = 96;
+/// Most words of a bitmap that can have one of them: every width and type has few.
+const WORDS: usize = 32;
+
+/// The pages that the processor uses, and the lists of what they carry. Pinned: vmcs02 has the addresses.
+#[pin_data]
+pub(super) struct Tables {
+    vmread: Bitmap,
+    vmwrite: Bitmap,
+    shadow: ShadowPage,
+    fields: List<{ BUDGET as usize }>,
+    masks: Words<WORDS>,
+    /// Whether the processor drops the reserved bits of access rights as KVM does.
+    drops_reserved: Option<bool>,
+    /// Taken to keep preemption off; never contended.
+    #[pin]
+    quiet: SpinLock<()>,
+}
+
+fn all_exit() -> impl Init<Bitmap> {
+    // SAFETY: All of the page is written.
+    unsafe {
+        init_from_closure(|slot: *mut Bitmap| {
+            slot.cast::<u8>()
+                .write_bytes(0xff, core::mem::size_of::<Bitmap>());
+            Ok(())
+        })
+    }
+}
+
+impl Tables {
+    /// Allocates. May sleep.
+    ///
+    /// # Safety
+    ///
+    /// The CPU is in VMX root operation; `like` is a shadow VMCS of KVM's.
+    unsafe fn new(like: *const bindings::vmcs) -> Result<Pin<KBox<Self>>> {
+        // SAFETY: By this function's contract.
+        let shadow = unsafe { ShadowPage::new(like)? };
+        KBox::pin_init(
+            pin_init!(Self {
+                vmread <- all_exit(),
+                vmwrite <- all_exit(),
+                shadow,
+                fields: List::EMPTY,
+                masks: Words::new(),
+                drops_reserved: None,
+                quiet <- new_spinlock!(()),
+            }),
+            GFP_KERNEL_ACCOUNT | __GFP_NOWARN,
+        )
+    }
+}
+
+/// What is kept for one vCPU.
+pub(crate) struct Memory {
+    pub(super) learner: Learner,
+    tables: Option<Pin<KBox<Tables>>>,
+    /// The learned set is not what the tables say.
+    pub(super) stale: bool,
+    /// vmcs02 uses the tables; the shadow VMCS has what L2 wrote last.
+    serving: bool,
+}
+
+impl Memory {
+    pub(crate) const NEW: Memory = Memory {
+        learner: Learner::new(BUDGET),
+        tables: None,
+        stale: true,
+        serving: false,
+    };
+
+    /// Whether the processor serves L2 now.
+    pub(super) fn is_serving(&self) -> bool {
+        self.serving
+    }
+
+    /// Makes tables if there are none. May sleep.
+    pub(super) fn make_tables(&mut self, vcpu: Vcpu) -> bool {
+        if self.tables.is_none() {
+            // SAFETY: In a handler of an exit the CPU is in VMX root operation.
+            self.tables = vcpu
+                .shadow_vmcs01()
+                .and_then(|like| unsafe { Tables::new(like) }.ok());
+            self.stale = true;
+        }
+        self.tables.is_some()
+    }
+
+    /// Whether the processor can serve the field at all.
+    pub(super) fn may_serve(&self, number: Number) -> bool {
+        let Some(field) = FIELDS.get(number as usize) else {
+            return false;
+        };
+        match field.class {
+            Class::Seen => false,
+            // Found out when the first field is served.
+            Class::AccessRights | Class::LateAccessRights => self
+                .tables
+                .as_ref()
+                .is_some_and(|t| t.drops_reserved == Some(true)),
+            _ => true,
+        }
+    }
+
+    /// Makes lists and masks what the learned set says.
+    #[cold]
+    fn rebuild(&mut self, vcpu: Vcpu) {
+        let Some(tables) = self.tables.as_mut() else {
+            return;
+        };
+        // SAFETY: Nothing is moved out.
+        let t = unsafe { tables.as_mut().get_unchecked_mut() };
+        for m in t.masks.iter() {
+            for bitmap in [&mut t.vmread, &mut t.vmwrite] {
+                bitmap.word(m.index).into_iter().for_each(|w| *w = u64::MAX);
+            }
+        }
+        t.fields.clear();
+        t.masks.clear();
+        for (number, field) in (0..).zip(FIELDS) {
+            // L2 may write what KVM lets it write (handle_vmwrite()).
+            let written = field.class != Class::ExitInformation || vcpu.may_write_any_field();
+            if self.learner.learned().has(number) && t.fields.push(number, field) {
+                t.masks.insert(field.encoding, field.has_high(), written);
+            }
+        }
+        self.stale = false;
+    }
+
+    /// L2 has been entered by L1: has the processor serve it. May sleep.
+    ///
+    /// # Safety
+    ///
+    /// After nested_vmx_run(), with vmcs02 loaded and KVM's SRCU lock held; `l1` is what L1 asks for.
+    pub(super) unsafe fn serve(&mut self, vcpu: Vcpu, l1: Bitmaps) {
+        if self.stale {
+            self.rebuild(vcpu);
+        }
+        if self.learner.learned().is_empty() {
+            return;
+        }
+        let Some(tables) = self.tables.as_mut() else {
+            return;
+        };
+        // SAFETY: Nothing is moved out.
+        let t = unsafe { tables.as_mut().get_unchecked_mut() };
+        // SAFETY: By this function's contract.
+        let mut memory = unsafe { GuestMemory::new(vcpu) };
+        for m in t.masks.iter() {
+            let mut merge = |bitmap: &mut Bitmap, gpa: u64, mask: u64| {
+                // A bitmap that cannot be read makes every access exit to L1, as on stock.
+                let theirs = memory
+                    .read_u64(gpa + u64::from(m.index) * 8)
+                    .unwrap_or(u64::MAX);
+                bitmap
+                    .word(m.index)
+                    .into_iter()
+                    .for_each(|w| *w = theirs | !mask);
+            };
+            merge(&mut t.vmread, l1.vmread, m.read);
+            merge(&mut t.vmwrite, l1.vmwrite, m.write);
+        }
+        // SAFETY: By this function's contract, preemption being off inside.
+        let refused = unsafe { fill(t, vcpu) };
+        let Some(refused) = refused else {
+            let guard = t.quiet.lock();
+            let at = |bitmap: &Bitmap| vmx::physical(core::ptr::from_ref(bitmap).cast());
+            // SAFETY: As above; the tables are not dropped while `serving`.
+            unsafe { vcpu.serve_l2(t.shadow.as_ptr(), at(&t.vmread), at(&t.vmwrite)) };
+            drop(guard);
+            self.serving = true;
+            return;
+        };
+        // The processor has no such field and KVM emulates it: L2 runs on stock code this time.
+        self.learner.bar(refused);
+        self.stale = true;
+    }
+
+    /// Brings KVM's copy of L2's shadow VMCS up to date.
+    ///
+    /// # Safety
+    ///
+    /// vmcs02 is loaded on this CPU by the current task.
+    #[allow(clippy::useless_conversion, reason = "one text for three widths")]
+    pub(super) unsafe fn save(&mut self, vcpu: Vcpu) {
+        let (Some(t), Some(base), true) = (&self.tables, vcpu.shadow_vmcs12(), self.serving) else {
+            return;
+        };
+        let guard = t.quiet.lock();
+        // SAFETY: By this function's contract; the loaded VMCS is made current again. Entries have offsets of
+        // fields of vmcs12 with their widths.
+        unsafe {
+            let shadow = vmx::physical(t.shadow.as_ptr().cast());
+            if vmx::vmptrld(shadow) {
+                for_each_width!(t.fields, |e: Word| {
+                    if let Some(value) = vmx::vmread(u64::from(e.encoding)) {
+                        base.add(e.offset as usize)
+                            .cast::<Word>()
+                            .write_unaligned(value as Word);
+                    }
+                });
+                vmx::vmclear(shadow);
+            }
+            vmx::vmptrld(vcpu.loaded_vmcs());
+        }
+        drop(guard);
+    }
+
+    /// L2 is not served any more; `save` has been called if its shadow VMCS still matters.
+    ///
+    /// # Safety
+    ///
+    /// The vCPU is loaded on this CPU by the current task. `freed`: vmcs02 is about to be freed.
+    pub(super) unsafe fn stop(&mut self, vcpu: Vcpu, freed: bool) {
+        let (Some(t), true) = (&self.tables, self.serving) else {
+            return;
+        };
+        let guard = t.quiet.lock();
+        // SAFETY: By this function's contract, preemption being off.
+        let done = unsafe {
+            if freed {
+                vcpu.forget_l2_shadow(t.shadow.as_ptr());
+                Some(())
+            } else {
+                vcpu.with_vmcs02(|| vcpu.stop_serving_l2(t.shadow.as_ptr()))
+            }
+        };
+        drop(guard);
+        self.serving = done.is_none();
+    }
+
+    /// Mode `check`: tries whether the processor would give L2 what KVM's copy has; L2 itself is left alone.
+    ///
+    /// # Safety
+    ///
+    /// As for `save`.
+    #[allow(clippy::useless_conversion, reason = "one text for three widths")]
+    pub(super) unsafe fn compare(&mut self, vcpu: Vcpu, count: &Counters) {
+        if self.stale {
+            self.rebuild(vcpu);
+        }
+        let (Some(tables), Some(base)) = (self.tables.as_mut(), vcpu.shadow_vmcs12()) else {
+            return;
+        };
+        // SAFETY: Nothing is moved out.
+        let t = unsafe { tables.as_mut().get_unchecked_mut() };
+        // SAFETY: By this function's contract.
+        if let Some(refused) = unsafe { fill(t, vcpu) } {
+            self.learner.bar(refused);
+            self.stale = true;
+            return;
+        }
+        count.checked.bump();
+        let guard = t.quiet.lock();
+        // SAFETY: As in `save`.
+        unsafe {
+            let shadow = vmx::physical(t.shadow.as_ptr().cast());
+            if vmx::vmptrld(shadow) {
+                for_each_width!(t.fields, |e: Word| {
+                    let value = vmx::vmread(u64::from(e.encoding)).unwrap_or_default();
+                    let stock = base.add(e.offset as usize).cast::<Word>().read_unaligned();
+                    if value as Word != stock {
+                        super::report(count, e.number, value, u64::from(stock));
+                    }
+                });
+                vmx::vmclear(shadow);
+            }
+            vmx::vmptrld(vcpu.loaded_vmcs());
+        }
+        drop(guard);
+    }
+}
+
+/// KVM's copy of L2's shadow VMCS to the one that the processor uses, which is clear afterwards. Returns a field
+/// that the processor does not have.
+///
+/// # Safety
+///
+/// The vCPU is loaded on this CPU by the current task.
+#[allow(clippy::useless_conversion, reason = "one text for three widths")]
+unsafe fn fill(t: &mut Tables, vcpu: Vcpu) -> Option<Number> {
+    let base = vcpu.shadow_vmcs12()?;
+    let mut refused = None;
+    let guard = t.quiet.lock();
+    // SAFETY: As in `Memory::save`.
+    unsafe {
+        let shadow = vmx::physical(t.shadow.as_ptr().cast());
+        if vmx::vmptrld(shadow) {
+            if t.drops_reserved.is_none() {
+                t.drops_reserved = Some(drops_reserved());
+            }
+            for_each_width!(t.fields, |e: Word| {
+                let value = base.add(e.offset as usize).cast::<Word>().read_unaligned();
+                if !vmx::vmwrite(u64::from(e.encoding), u64::from(value)) {
+                    refused = Some(e.number);
+                }
+            });
+            vmx::vmclear(shadow);
+        }
+        vmx::vmptrld(vcpu.loaded_vmcs());
+    }
+    drop(guard);
+    refused
+}

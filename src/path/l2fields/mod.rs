@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: GPL-2.0
+//! VMCS shadowing for a hypervisor in L2: its VMREADs and VMWRITEs are served by the processor where its L1
+//! wants them served without an exit.
+//!
+//! L1 turns VMCS shadowing on for L2, gives it bitmaps and a shadow VMCS. Stock KVM lets every VMREAD and VMWRITE
+//! of L2 exit, and reads or writes its own copy of that shadow VMCS, which it fetches from L1's memory when L2 is
+//! entered and writes back when L2 exits.
+//!
+//! This path gives vmcs02 a shadow VMCS and bitmaps of its own: an access exits unless L1's bitmap lets it pass,
+//! read anew on each entry, and it is one of the fields that this L2 was seen to use (`policy::learn`). The fields
+//! are copied from KVM's copy after nested_vmx_run() has fetched it, and back before sync_vmcs02_to_vmcs12(), which
+//! comes before everything that looks at it: the write to L1's memory and KVM_GET_NESTED_STATE.
+//!
+//! L2s that are entered in another way (KVM_SET_NESTED_STATE, RSM) run on stock code until L1 enters them again.
+
+mod memory;
+
+pub(crate) use memory::Memory;
+
+use super::{Counters, Local, Path};
+use crate::{
+    bindings,
+    hook::{CallId, Continuation, HookId, InFlight, Verdict},
+    kvm::{
+        fields::{self, Number, FIELDS},
+        Vcpu,
+    },
+    policy::mode::Mode,
+    state,
+};
+use core::sync::atomic::{AtomicBool, Ordering};
+use kernel::{c_str, prelude::*};
+
+/// This path's number in `PATHS`.
+const NUMBER: usize = 3;
+
+pub(super) const PATH: Path = Path {
+    name: c_str!("l2fields"),
+    about: c_str!("VMREAD and VMWRITE of a hypervisor in L2 do not exit"),
+    hooks: &[
+        HookId::FREE_NESTED,
+        HookId::SYNC_VMCS02,
+        HookId::HANDLE_VMREAD,
+        HookId::HANDLE_VMWRITE,
+        HookId::NESTED_RUN,
+    ],
+    calls: &[
+        CallId::VCPU_LOAD,
+        CallId::VCPU_PUT,
+        CallId::WAKE_UP,
+        CallId::LOAD_VMCS,
+        CallId::FIELD_OFFSET,
+        CallId::GFN_TO_MEMSLOT,
+    ],
+    drain: Some(drain),
+    drain_hooks: &[HookId::ENTER_GUEST],
+    reasons: &["no_memory", "unknown_field", "never", "learning"],
+};
+
+/// Why an access of L2 was left to the stock code; names in `PATH.reasons`.
+#[derive(Clone, Copy)]
+enum Reason {
+    /// No memory for the tables.
+    NoMemory,
+    /// L2 named a field that vmcs12 does not have.
+    UnknownField,
+    /// A field that the processor cannot serve as KVM does.
+    Never,
+    /// A field that is not, or not yet, worth serving.
+    Learning,
+}
+
+fn fall_back(counters: &Counters, reason: Reason) {
+    if let Some(count) = counters.fallbacks.get(reason as usize) {
+        count.bump();
+    }
+}
+
+/// What another thread may know about a vCPU.
+pub(crate) struct Shared {
+    serving: AtomicBool,
+}
+
+impl Shared {
+    pub(crate) const fn new() -> Self {
+        Self {
+            serving: AtomicBool::new(false),
+        }
+    }
+
+    /// The processor serves the vCPU's L2.
+    pub(super) fn is_serving(&self) -> bool {
+        self.serving.load(Ordering::Acquire)
+    }
+}
+
+/// The path's mode; off while a livepatch has taken one of its functions over.
+#[inline(always)]
+fn mode() -> Mode {
+    if PATH.hooks.iter().any(|hook| hook.livepatched()) {
+        Mode::Off
+    } else {
+        super::mode(NUMBER)
+    }
+}
+
+fn publish(local: &Local, shared: &Shared) {
+    let serving = local.l2fields.is_serving();
+    if shared.serving.load(Ordering::Relaxed) != serving {
+        shared.serving.store(serving, Ordering::Release);
+    }
+}
+
+/// L2 has made an access that exited and is not L1's to see. Returns whether the field is to be served from now
+/// on: then `renew` must be called after the access was carried out.
+pub(super) fn accessed(vcpu: Vcpu, id: HookId, encoding: u64) -> bool {
+    if mode() == Mode::Off {
+        return false;
+    }
+    let section = InFlight::enter(id);
+    if !state::ensure(vcpu, &section) {
+        super::count_stateless(NUMBER, Reason::NoMemory as usize);
+        return false;
+    }
+    let joined = state::with(vcpu, |local, counters| {
+        let count = counters.path::<NUMBER>();
+        let memory = &mut local.l2fields;
+        let reason = match fields::by_encoding(encoding) {
+            None => Reason::UnknownField,
+            Some(_) if !memory.make_tables(vcpu) => Reason::NoMemory,
+            Some(number) if memory.may_serve(number) => {
+                let joined = memory.learner.touched(number, false);
+                if joined && !super::fields::kvm_knows(number) {
+                    memory.learner.bar(number);
+                }
+                memory.stale |= joined;
+                fall_back(count, Reason::Learning);
+                return joined;
+            }
+            Some(_) => Reason::Never,
+        };
+        fall_back(count, reason);
+        false
+    });
+    joined == Some(true)
+}
+
+/// Has the processor serve what was learned, without waiting for the next entry by L1: a hypervisor may touch
+/// many fields before it leaves.
+///
+/// `_section` stands for a handler that may sleep, in an exit of L2.
+#[cold]
+pub(super) fn renew(vcpu: Vcpu, _section: &InFlight) {
+    let (Some(bitmaps), Mode::On) = (vcpu.shadowing_for_l2(), mode()) else {
+        return;
+    };
+    state::with(vcpu, |local, counters| {
+        // SAFETY: L2 has exited and not to L1, so that vmcs02 is loaded and KVM's copy of L2's shadow VMCS is
+        // complete but for what is served.
+        unsafe {
+            local.l2fields.save(vcpu);
+            local.l2fields.stop(vcpu, false);
+            local.l2fields.serve(vcpu, bitmaps);
+        }
+        publish(local, &counters.l2fields);
+    });
+}
+
+/// Handler of nested_vmx_run(): VMLAUNCH or VMRESUME by L1.
+#[no_mangle]
+extern "C" fn mtk_on_nested_run(
+    raw: *mut bindings::kvm_vcpu,
+    launch: usize,
+    cont: Continuation,
+) -> Verdict {
+    // SAFETY: The hooked function's own argument.
+    let vcpu = unsafe { Vcpu::from_hook(raw) };
+    let known = state::with(vcpu, |local, _| {
+        local.l2fields.is_serving() || !local.l2fields.learner.learned().is_empty()
+    });
+    if known != Some(true) {
+        return Verdict::STOCK;
+    }
+    let section = InFlight::enter(HookId::NESTED_RUN);
+    state::with(vcpu, |local, counters| {
+        // The last entry failed in the processor, so that nobody looked at the shadow VMCS.
+        // SAFETY: L1 has exited, so the vCPU is loaded by this task.
+        unsafe { local.l2fields.stop(vcpu, false) };
+        publish(local, &counters.l2fields);
+    });
+    // SAFETY: This handler's continuation and the hooked function's own arguments.
+    let value = unsafe { section.call_stock(cont, [vcpu.key(), launch, 0]) };
+    let mode = mode();
+    state::with(vcpu, |local, counters| {
+        let (Some(bitmaps), true) = (vcpu.shadowing_for_l2(), mode != Mode::Off) else {
+            return;
+        };
+        let memory = &mut local.l2fields;
+        memory.stale |= memory.learner.switched();
+        if mode == Mode::On {
+            // SAFETY: nested_vmx_run() has entered L2 and fetched its shadow VMCS.
+            unsafe { memory.serve(vcpu, bitmaps) };
+            if memory.is_serving() {
+                counters.path::<NUMBER>().taken.bump();
+            }
+        }
+        publish(local, &counters.l2fields);
+    });
+    Verdict::handled(value)
+}
+
+/// Handler of sync_vmcs02_to_vmcs12(): L2 exits to L1, or its state is asked for.
+#[no_mangle]
+extern "C" fn mtk_on_sync_vmcs02(
+    raw: *mut bindings::kvm_vcpu,
+    _vmcs12: usize,
+    _cont: Continuation,
+) -> Verdict {
+    // SAFETY: The hooked function's own argument; kvm_vcpu is loaded with vmcs02.
+    let vcpu = unsafe { Vcpu::from_hook(raw) };
+    state::with(vcpu, |local, counters| {
+        if local.l2fields.is_serving() {
+            // SAFETY: vmcs02 is loaded here.
+            unsafe {
+                local.l2fields.save(vcpu);
+                if !vcpu.guest_mode() {
+                    local.l2fields.stop(vcpu, false);
+                }
+            }
+            publish(local, &counters.l2fields);
+        } else if mode() == Mode::Check && !local.l2fields.learner.learned().is_empty() {
+            let count = counters.path::<NUMBER>();
+            if vcpu.has_l2_shadow() {
+                // SAFETY: As above.
+                unsafe { local.l2fields.compare(vcpu, count) };
+            }
+        }
+    });
+    Verdict::STOCK
+}
+
+/// VMX operation of L1 ends, and vmcs02 with it.
+pub(super) fn end(raw: *mut bindings::kvm_vcpu) {
+    // SAFETY: The hooked function's own argument.
+    let vcpu = unsafe { Vcpu::from_hook(raw) };
+    state::with(vcpu, |local, counters| {
+        // SAFETY: free_nested() runs with the vCPU loaded.
+        unsafe { local.l2fields.stop(vcpu, true) };
+        publish(local, &counters.l2fields);
+    });
+}
+
+/// Gives the vCPU back to the stock code, with L2 running or not.
+///
+/// # Safety
+///
+/// The vCPU is loaded on this CPU by this task.
+pub(super) unsafe fn withdraw(vcpu: Vcpu) {
+    state::with(vcpu, |local, counters| {
+        // SAFETY: By this function's contract; while L2 is served it is vmcs02 that is loaded, or will be
+        // loaded by `stop`.
+        unsafe {
+            if !vcpu.vmcs01_is_loaded() {
+                local.l2fields.save(vcpu);
+            }
+            local.l2fields.stop(vcpu, false);
+        }
+        publish(local, &counters.l2fields);
+    });
+}
+
+/// The vCPU is about to be freed, and is not loaded.
+pub(super) fn retire(raw: *mut bindings::kvm_vcpu) {
+    // SAFETY: The hooked function's own argument; used to find the state.
+    let vcpu = unsafe { Vcpu::from_hook(raw) };
+    if state::with(vcpu, |_, counters| counters.l2fields.is_serving()) == Some(true) {
+        let args = [raw as usize];
+        // SAFETY: As nested_vmx_free_vcpu() itself is about to do.
+        unsafe {
+            if CallId::VCPU_LOAD.call(args).is_some() {
+                withdraw(vcpu);
+                CallId::VCPU_PUT.call(args);
+            }
+        }
+    }
+}
+
+/// On each entry of the guest while the path is being switched off.
+pub(super) fn leave(raw: *mut bindings::kvm_vcpu) {
+    if super::mode(NUMBER) == Mode::Off {
+        // SAFETY: The hooked function's own argument; the vCPU is about to run.
+        unsafe { withdraw(Vcpu::from_hook(raw)) };
+    }
+}
+
+fn drain() {
+    super::drain::drain(
+        &[HookId::NESTED_RUN],
+        |counters| counters.l2fields.is_serving(),
+        // SAFETY: `drain` has the vCPU loaded.
+        |vcpu| unsafe { withdraw(vcpu) },
+    );
+}
+
+static REPORTED: AtomicBool = AtomicBool::new(false);
+
+#[cold]
+fn report(counters: &Counters, number: Number, served: u64, stock: u64) {
+    counters.mismatches.bump();
+    let name = FIELDS.get(number as usize).map_or("?", |f| f.name);
+    if !REPORTED.swap(true, Ordering::Relaxed) {
+        pr_warn!("l2fields: {name} would read {served:#x} in L2, stock {stock:#x}\n");
+    }
+}
