@@ -65,6 +65,14 @@ fails() {
 	if "$@"; then echo "succeeded: $*"; return 1; fi
 }
 
+# same_log EXPECTED FOUND: says where two logs part.
+same_log() {
+	[ -s "$1" ] || { echo "nothing in $1"; return 1; }
+	cmp -s "$1" "$2" && return
+	diff -U 0 "$1" "$2" | sed -n '3,42p'
+	return 1
+}
+
 skip_all() {
 	echo "1..0 # SKIP $*"
 	exit $KSFT_SKIP

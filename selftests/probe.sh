@@ -21,8 +21,8 @@ for depth; do
 	check "depth $depth: the probe runs and finds what the SDM says" probe "$depth"
 	say "depth $depth: $(wc -l <"$TMP/$depth/stock.log" 2>/dev/null || echo 0) lines of answers"
 	check "depth $depth: there are answers" test -s "$TMP/$depth/stock.log"
-	check "depth $depth: the same with the paths on" cmp "$TMP/$depth/stock.log" "$TMP/$depth/l0.log"
-	check "depth $depth: the same in mode check" cmp "$TMP/$depth/stock.log" "$TMP/$depth/check.log"
+	check "depth $depth: the same with the paths on" same_log "$TMP/$depth/stock.log" "$TMP/$depth/l0.log"
+	check "depth $depth: the same in mode check" same_log "$TMP/$depth/stock.log" "$TMP/$depth/check.log"
 	# The last config leaves the module as it was for it.
 	check "depth $depth: check compared something" at_least checked 1 "$(counter checked)"
 	check "depth $depth: and found no mismatch" equal mismatches 0 "$(mismatches)"

@@ -84,6 +84,14 @@ pub struct BenchArgs {
     #[arg(long, requires = "test", value_name = "SEED")]
     pub shuffle: Option<u64>,
 
+    /// With --test: give the payload a second processor, for the group `pair`
+    #[arg(long, requires = "test")]
+    pub pair: bool,
+
+    /// With --test: move L1's vCPUs across this host's processors all the time
+    #[arg(long, requires = "test")]
+    pub roam: bool,
+
     /// Do this operation once between the emulator's profile marks, at one depth and in one
     /// configuration (see scripts/profile)
     #[arg(long, value_name = "OP", value_parser = parse_op)]
@@ -150,6 +158,7 @@ impl BenchArgs {
         Local {
             limit: self.timeout.map(Duration::from_secs),
             shuffle: self.shuffle,
+            roam: self.roam,
             ..Local::default()
         }
     }

@@ -15,6 +15,9 @@ const PAGES: f64 = 2048.0;
 const MIN_PAGES: f64 = 64.0;
 /// Passes of a touch operation.
 const PASSES: u32 = 3;
+/// Pages and passes where touching is cheap: as many pages in all, but passes so short that some fall between two
+/// timer ticks of all the levels. A tick costs as much as dozens of such pages.
+const WARM: (u32, u32) = (512, 12);
 
 /// What an operation cost stock at the payload's level 1, in retired instructions: only for choosing
 /// sample counts and for the progress display.
@@ -114,11 +117,15 @@ fn specs(op: Op, level: u32, patterns: &[Pattern], scale: f64) -> Vec<OpSpec> {
     // Whole leaf tables where they can be afforded, and always whole groups of eight.
     let pages = (affordable * 3.0).clamp(MIN_PAGES, PAGES) * scale;
     let pages = (pages as u32).max(8).next_multiple_of(8);
+    let (count, passes) = match op {
+        Op::TouchWarm => (pages.min(WARM.0), WARM.1),
+        _ => (pages, PASSES),
+    };
     let spec = |&pattern| OpSpec {
         op,
         pattern: Some(pattern),
-        count: pages,
-        passes: PASSES,
+        count,
+        passes,
     };
     patterns.iter().map(spec).collect()
 }

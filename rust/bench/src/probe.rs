@@ -95,7 +95,11 @@ pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
     let spec = Spec::new(
         level,
         Inner::Payload {
-            args: format!("tests={}", args.tests),
+            args: format!(
+                "tests={};cpus={}",
+                args.tests,
+                if args.pair { 2 } else { 1 }
+            ),
         },
     );
     let outcome = stack::run(&spec, &args.files(), args.local(), &mut probe)?;
@@ -118,6 +122,9 @@ pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
             "saved and restored {} times, {} in L2, {} with a current VMCS that memory did not have",
             counts.all, counts.in_l2, counts.dirty
         );
+    }
+    if args.roam {
+        println!("moved {} times", outcome.moves);
     }
     for error in &probe.errors {
         eprintln!("matryoshka: L{level}: {error}");

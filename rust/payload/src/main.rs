@@ -15,6 +15,7 @@ mod measure;
 mod memory;
 mod paging;
 mod runtime;
+mod second;
 mod start;
 mod tests;
 mod trap;
@@ -50,6 +51,9 @@ extern "C" fn payload_main(info: *const PayloadInfo) -> ! {
     if let Err(why) = vmx::init() {
         error!("{why}");
         control::done(Exit::NoVmx);
+    }
+    if info.arg("cpus") == Some("2") {
+        second::start();
     }
     let mut meter = measure::Meter::new(info, backdoor);
     let mut failed = false;

@@ -34,6 +34,12 @@ pub fn init() {
                     (gib as u64) << 30 | (entry as u64) << 21 | LARGE | PRESENT_WRITE;
             }
         }
-        cpu::write_cr3(pml4 as u64);
     }
+    load();
+}
+
+/// Switches a processor to the tables that [`init`] has made.
+pub fn load() {
+    // SAFETY: they map what the VMM's tables do, to the same addresses.
+    unsafe { cpu::write_cr3(&raw const PML4 as u64) };
 }

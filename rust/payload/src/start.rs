@@ -3,7 +3,7 @@
 
 use core::arch::global_asm;
 
-/// Bytes of the stack that everything but the child and the trap handler runs on.
+/// Bytes of the stack, one for each processor, that everything but the child and the trap handler runs on.
 const STACK: usize = 64 * 1024;
 
 global_asm!(
@@ -13,6 +13,10 @@ global_asm!(
     "    cli",
     "    cld",
     "    lea rsp, [rip + boot_stack + {stack}]",
+    "    test esi, esi",
+    "    jz 2f",
+    "    add rsp, {stack}",
+    "2:",
     "    mov rax, cr0",
     "    and eax, ~(1 << 2 | 1 << 3)", // EM, TS
     "    or eax, 1 << 1 | 1 << 5 | 1 << 16", // MP, NE, WP
@@ -21,24 +25,29 @@ global_asm!(
     "    or eax, 1 << 9 | 1 << 10", // OSFXSR, OSXMMEXCPT
     "    mov cr4, rax",
     "    xor ebp, ebp",
+    "    test esi, esi",
+    "    jnz 3f",
     "    call {main}",
+    "    ud2",
+    "3:  call {second}",
     "    ud2",
     ".section .bss.boot_stack, \"aw\", @nobits",
     ".align 16",
     ".global boot_stack",
     "boot_stack:",
-    "    .skip {stack}",
+    "    .skip {stack} * 2",
     ".text",
     stack = const STACK,
     main = sym crate::payload_main,
+    second = sym crate::second::main,
 );
 
 extern "C" {
     static boot_stack: u8;
 }
 
-/// Is that address on the payload's own stack, rather than on its child's?
+/// Is that address on one of the payload's own stacks, rather than on its child's?
 pub fn on_stack(address: u64) -> bool {
     let bottom = &raw const boot_stack as u64;
-    (bottom..=bottom + STACK as u64).contains(&address)
+    (bottom..=bottom + 2 * STACK as u64).contains(&address)
 }

@@ -212,7 +212,7 @@ extern "C" {
 struct Tss([u32; 26]);
 
 #[repr(C, align(16))]
-struct Gdt([u64; 5]);
+struct Gdt([u64; 7]);
 
 #[repr(C, align(16))]
 struct Idt([[u64; 2]; VECTORS]);
@@ -223,8 +223,8 @@ struct Pointer {
     base: u64,
 }
 
-static mut TASK: Tss = Tss([0; 26]);
-static mut GDT: Gdt = Gdt([0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0, 0]);
+static mut TASKS: [Tss; 2] = [const { Tss([0; 26]) }; 2];
+static mut GDT: Gdt = Gdt([0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0, 0, 0, 0]);
 static mut IDT: Idt = Idt([[0; 2]; VECTORS]);
 
 /// Address of the GDT.
@@ -239,20 +239,21 @@ pub fn idt_base() -> u64 {
 
 /// Address of the task state segment.
 pub fn tss_base() -> u64 {
-    &raw const TASK as u64
+    &raw const TASKS as u64
 }
 
-/// Installs the tables.
+/// Makes the tables and installs them on the first processor.
 pub fn init() {
-    let tss = tss_base();
     let limit = (size_of::<Tss>() - 1) as u64;
-    let low = limit | (tss & 0xff_ffff) << 16 | 0x89 << 40 | (tss >> 24 & 0xff) << 56;
     let (gdt, idt) = (&raw mut GDT, &raw mut IDT);
-    // SAFETY: single-threaded start-up; the statics are not otherwise borrowed. The selectors loaded are
-    // those of the table just installed: flat code and data, and an available TSS.
+    // SAFETY: single-threaded start-up; the statics are not otherwise borrowed.
     unsafe {
-        (*gdt).0[3] = low;
-        (*gdt).0[4] = tss >> 32;
+        for cpu in 0..2 {
+            let tss = &raw const TASKS[cpu] as u64;
+            (*gdt).0[3 + 2 * cpu] =
+                limit | (tss & 0xff_ffff) << 16 | 0x89 << 40 | (tss >> 24 & 0xff) << 56;
+            (*gdt).0[4 + 2 * cpu] = tss >> 32;
+        }
         for (vector, gate) in (*idt).0.iter_mut().enumerate() {
             let stub = &raw const trap_stubs[vector] as u64;
             *gate = [
@@ -260,14 +261,27 @@ pub fn init() {
                 stub >> 32,
             ];
         }
-        let gdtr = Pointer {
-            limit: (size_of::<Gdt>() - 1) as u16,
-            base: gdt_base(),
-        };
-        let idtr = Pointer {
-            limit: (size_of::<Idt>() - 1) as u16,
-            base: idt_base(),
-        };
+    }
+    load(TSS);
+}
+
+/// Installs the tables on the second processor.
+pub fn init_second() {
+    load(TSS + 16);
+}
+
+fn load(task: u16) {
+    let gdtr = Pointer {
+        limit: (size_of::<Gdt>() - 1) as u16,
+        base: gdt_base(),
+    };
+    let idtr = Pointer {
+        limit: (size_of::<Idt>() - 1) as u16,
+        base: idt_base(),
+    };
+    // SAFETY: the selectors loaded are those of `init`'s table: flat code and data, and a TSS that is
+    // available, since each processor has its own.
+    unsafe {
         asm!(
             "lgdt [{gdtr}]",
             "lidt [{idtr}]",
@@ -286,7 +300,7 @@ pub fn init() {
             idtr = in(reg) &idtr,
             code = const CODE,
             data = in(reg) DATA as u64,
-            tss = in(reg) TSS as u64,
+            tss = in(reg) task as u64,
             scratch = out(reg) _,
         );
     }

@@ -4,6 +4,6 @@
 //! The ports and their meaning are [`protocol::ports`].
 
 pub use protocol::ports::{
-    touch, COMMAND, CONSOLE, DONE, END, FIRST, MAILBOX, MAILBOX_SIZE, NOP, RAW, TEXT, TOUCH,
-    TOUCH_BASE, TOUCH_PAGES, UP,
+    touch, COMMAND, CONSOLE, DONE, END, FIRST, GIVE_WORK, MAILBOX, MAILBOX_SIZE, NEXT_WORK, NOP,
+    RAW, TEXT, TOUCH, TOUCH_BASE, TOUCH_PAGES, UP,
 };

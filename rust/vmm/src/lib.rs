@@ -32,5 +32,6 @@ pub mod shuffle;
 pub mod stack;
 pub mod stats;
 mod vcpu;
+mod work;
 
 pub use error::{Error, Result};

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::os::fd::RawFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -17,6 +17,7 @@ use crate::boot::Entry;
 use crate::device::{Bus, Host, Irq, COM1_IRQ};
 use crate::memory::Memory;
 use crate::shuffle::{self, Shuffler};
+use crate::work::{self, Work};
 use crate::{dump, stats, vcpu};
 use crate::{Error, Result};
 
@@ -44,6 +45,10 @@ pub struct Config {
     /// Replace VM and vCPU by new ones now and then, at points that this seed decides
     /// ([`shuffle`]). Only with one CPU.
     pub shuffle: Option<u64>,
+    /// Every vCPU begins at the entry, with its number in RSI, instead of waiting for INIT and SIPI.
+    pub all_begin: bool,
+    /// Move the vCPUs' threads from one processor of the host to the other all the time.
+    pub roam: bool,
 }
 
 impl Default for Config {
@@ -55,6 +60,8 @@ impl Default for Config {
             escape: false,
             limit: None,
             shuffle: None,
+            all_begin: false,
+            roam: false,
         }
     }
 }
@@ -110,6 +117,8 @@ pub struct Report {
     pub stats: BTreeMap<String, u64>,
     /// How often the machine was replaced by a new one.
     pub shuffles: shuffle::Counts,
+    /// How often a vCPU was moved to another processor.
+    pub moves: u64,
 }
 
 /// A machine ready to run.
@@ -151,7 +160,7 @@ impl Machine {
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(Error::kvm("KVM_GET_SUPPORTED_CPUID"))?;
         let vcpus = (0..config.cpus)
-            .map(|id| vcpu::create(kvm, &vm, id, config.cpus, entry, &cpuid))
+            .map(|id| vcpu::create(kvm, &vm, id, &config, entry, &cpuid))
             .collect::<Result<_>>()?;
         Ok(Machine {
             vcpus,
@@ -188,6 +197,9 @@ impl Machine {
         let kick = install_kick()?;
         // The pthread id of each vCPU's thread once it runs, 0 before.
         let ids: Vec<AtomicU64> = self.vcpus.iter().map(|_| AtomicU64::new(0)).collect();
+        let tids: Vec<AtomicI32> = self.vcpus.iter().map(|_| AtomicI32::new(0)).collect();
+        let work = Work::default();
+        let moves = AtomicU64::new(0);
         let (tx, rx) = mpsc::channel();
 
         bus.lock().unwrap_or_else(PoisonError::into_inner).started();
@@ -223,19 +235,46 @@ impl Machine {
                     }
                 });
             }
+            if self.config.roam {
+                let (stop, tids, moves) = (&stop, &tids, &moves);
+                s.spawn(move || {
+                    let (mut numbers, cpus) = (shuffle::Numbers::new(1), work::processors());
+                    while cpus.len() > 1 && !stop.load(Ordering::Acquire) {
+                        std::thread::sleep(Duration::from_micros(numbers.around(work::MOVE_US)));
+                        let pick = |n: u64, of: usize| n as usize % of;
+                        let tid = &tids[pick(numbers.around(1 << 20), tids.len())];
+                        let cpu = cpus[pick(numbers.around(1 << 20), cpus.len())];
+                        match tid.load(Ordering::Acquire) {
+                            0 => {}
+                            tid => {
+                                moves.fetch_add(work::move_to(tid, cpu).into(), Ordering::Relaxed);
+                            }
+                        }
+                    }
+                });
+            }
             // There is one vCPU if there is a shuffler.
             let mut shuffler = shuffler.as_mut();
             let threads: Vec<_> = self
                 .vcpus
                 .iter_mut()
                 .zip(&ids)
-                .map(|(vcpu, id)| {
+                .enumerate()
+                .map(|(number, (vcpu, id))| {
                     let (bus, stop, running, tx) = (&bus, &stop, &running, tx.clone());
+                    let (tid, work) = (&tids[number], &work);
                     let shuffle = shuffler.take().map(|shuffler| (shuffler, &due));
                     s.spawn(move || {
                         // SAFETY: has no preconditions.
                         id.store(unsafe { libc::pthread_self() }, Ordering::Release);
-                        let exit = vcpu::run(vcpu, bus, stop, shuffle);
+                        // SAFETY: as above.
+                        tid.store(unsafe { libc::gettid() }, Ordering::Release);
+                        let place = vcpu::Place {
+                            bus,
+                            work,
+                            first: number == 0,
+                        };
+                        let exit = vcpu::run(vcpu, &place, stop, shuffle);
                         let dump = exit.is_none().then(|| dump::registers(vcpu));
                         if let Some(exit) = exit {
                             // The receiver only goes away after all of us have.
@@ -292,6 +331,7 @@ impl Machine {
             exit,
             stats: totals,
             shuffles,
+            moves: moves.into_inner(),
         })
     }
 }

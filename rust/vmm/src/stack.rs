@@ -100,6 +100,15 @@ impl Spec {
         self.level + 1 < self.depth || matches!(self.inner, Inner::Linux { .. })
     }
 
+    /// vCPUs of the machine this level runs. A payload has two if its arguments say `cpus=2`.
+    fn cpus_inside(&self) -> u8 {
+        match &self.inner {
+            _ if self.runs_linux() => self.cpus,
+            Inner::Payload { args } if args.split([' ', ';']).any(|word| word == "cpus=2") => 2,
+            _ => 1,
+        }
+    }
+
     /// Whether the innermost level is a shell at a terminal.
     pub fn interactive(&self) -> bool {
         matches!(&self.inner, Inner::Linux { command } if command.is_empty())
@@ -157,6 +166,8 @@ pub struct Outcome {
     pub stats: BTreeMap<String, u64>,
     /// How often it was replaced by a new one.
     pub shuffles: shuffle::Counts,
+    /// How often a vCPU of it was moved to another processor.
+    pub moves: u64,
 }
 
 /// Options that are this level's alone.
@@ -168,6 +179,8 @@ pub struct Local {
     pub limit: Option<Duration>,
     /// Save and restore this level's machine at points that this seed decides ([`shuffle`]).
     pub shuffle: Option<u64>,
+    /// Move this level's vCPUs across its processors all the time.
+    pub roam: bool,
 }
 
 /// Runs the machine of `spec.level`+1, with everything inside it, to its end.
@@ -175,7 +188,9 @@ pub fn run(spec: &Spec, files: &Files, local: Local, handler: &mut dyn Handler) 
     spec.check()?;
     let kvm = Machine::open_kvm()?;
     let config = machine::Config {
-        cpus: if spec.runs_linux() { spec.cpus } else { 1 },
+        cpus: spec.cpus_inside(),
+        all_begin: !spec.runs_linux(),
+        roam: local.roam,
         pit: spec.runs_linux(),
         terminal: if spec.runs_linux() {
             local.terminal
@@ -221,6 +236,7 @@ pub fn run(spec: &Spec, files: &Files, local: Local, handler: &mut dyn Handler) 
             exit: report.exit,
             stats: report.stats,
             shuffles: report.shuffles,
+            moves: report.moves,
         }),
     }
 }

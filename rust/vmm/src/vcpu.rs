@@ -4,16 +4,17 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use kvm_bindings::{kvm_msr_entry, CpuId, Msrs};
+use kvm_bindings::{kvm_mp_state, kvm_msr_entry, CpuId, Msrs, KVM_MP_STATE_RUNNABLE};
 use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd, VmFd};
 
 use crate::boot::{self, Entry};
-use crate::control::NOP;
+use crate::control::{GIVE_WORK, NEXT_WORK, NOP};
 use crate::cpuid::{self, Topology};
 use crate::device::{Bus, Flow};
 use crate::dump;
-use crate::machine::Exit;
+use crate::machine::{Config, Exit};
 use crate::shuffle::Shuffler;
+use crate::work::Work;
 use crate::{Error, Result};
 
 const MSR_IA32_FEATURE_CONTROL: u32 = 0x3a;
@@ -27,13 +28,13 @@ const MISC_ENABLE_FAST_STRING: u64 = 1;
 /// MTRRs on, default type write-back.
 const MTRR_WRITE_BACK: u64 = (1 << 11) | 6;
 
-/// Makes vCPU `id` of `cpus`. The boot processor (id 0) gets `entry`; the others
-/// wait for INIT and SIPI.
+/// Makes vCPU `id`. The boot processor (id 0) gets `entry`; the others
+/// wait for INIT and SIPI, or begin there as well.
 pub(crate) fn create(
     kvm: &Kvm,
     vm: &VmFd,
     id: u8,
-    cpus: u8,
+    config: &Config,
     entry: &Entry,
     cpuid: &CpuId,
 ) -> Result<VcpuFd> {
@@ -43,7 +44,7 @@ pub(crate) fn create(
     let mut cpuid = cpuid.clone();
     let topology = Topology {
         apic_id: id.into(),
-        cpus: cpus.into(),
+        cpus: config.cpus.into(),
         tsc_khz: vcpu.get_tsc_khz().map_err(Error::kvm("KVM_GET_TSC_KHZ"))?,
         umip: cpuid::host_has_umip(),
         tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
@@ -52,13 +53,21 @@ pub(crate) fn create(
     vcpu.set_cpuid2(&cpuid)
         .map_err(Error::kvm("KVM_SET_CPUID2"))?;
     set_msrs(&vcpu, vmx(&cpuid))?;
-    if id == 0 {
+    if id == 0 || config.all_begin {
         let mut sregs = vcpu.get_sregs().map_err(Error::kvm("KVM_GET_SREGS"))?;
         boot::long_mode(&mut sregs);
         vcpu.set_sregs(&sregs)
             .map_err(Error::kvm("KVM_SET_SREGS"))?;
-        vcpu.set_regs(&boot::registers(entry))
-            .map_err(Error::kvm("KVM_SET_REGS"))?;
+        let mut regs = boot::registers(entry);
+        if id != 0 {
+            regs.rsi = id.into();
+            let runnable = kvm_mp_state {
+                mp_state: KVM_MP_STATE_RUNNABLE,
+            };
+            vcpu.set_mp_state(runnable)
+                .map_err(Error::kvm("KVM_SET_MP_STATE"))?;
+        }
+        vcpu.set_regs(&regs).map_err(Error::kvm("KVM_SET_REGS"))?;
     }
     Ok(vcpu)
 }
@@ -110,16 +119,24 @@ fn set_msrs(vcpu: &VcpuFd, vmx: bool) -> Result<()> {
     Ok(())
 }
 
+/// What a vCPU is connected to.
+pub(crate) struct Place<'a, 'b> {
+    pub(crate) bus: &'a Mutex<Bus<'b>>,
+    pub(crate) work: &'a Work,
+    /// It is the boot processor.
+    pub(crate) first: bool,
+}
+
 /// Runs until the machine ends or `stop` is set; `None` for the latter. With a shuffler, goes on in
 /// a new VM whenever the flag beside it says so.
 pub(crate) fn run(
     vcpu: &mut VcpuFd,
-    bus: &Mutex<Bus>,
+    place: &Place,
     stop: &AtomicBool,
     mut shuffle: Option<(&mut Shuffler, &AtomicBool)>,
 ) -> Option<Exit> {
     // A panic under the lock ends the process (panic=abort), so poison means little.
-    let lock = || bus.lock().unwrap_or_else(PoisonError::into_inner);
+    let lock = || place.bus.lock().unwrap_or_else(PoisonError::into_inner);
     while !stop.load(Ordering::Acquire) {
         let due = shuffle.as_mut().is_some_and(|(shuffler, due)| {
             shuffler.exit(due);
@@ -130,6 +147,17 @@ pub(crate) fn run(
         vcpu.set_kvm_immediate_exit(due.into());
         let bad = match vcpu.run() {
             Ok(VcpuExit::IoOut(NOP, _)) => continue,
+            Ok(VcpuExit::IoOut(GIVE_WORK, data)) => {
+                place.work.give(word(data));
+                continue;
+            }
+            // Not under the lock of the bus: it may take long.
+            Ok(VcpuExit::IoIn(NEXT_WORK, data)) => {
+                let next = place.work.next(!place.first, stop).to_le_bytes();
+                let n = data.len().min(next.len());
+                data[..n].copy_from_slice(&next[..n]);
+                continue;
+            }
             Ok(VcpuExit::IoOut(port, data)) => match lock().out(port, data) {
                 Flow::Go => continue,
                 Flow::End(exit) => return Some(exit),
@@ -171,6 +199,14 @@ pub(crate) fn run(
         return Some(explain(vcpu, bad));
     }
     None
+}
+
+/// What an OUT of up to 32 bits writes.
+fn word(data: &[u8]) -> u32 {
+    let mut bytes = [0; 4];
+    let n = data.len().min(bytes.len());
+    bytes[..n].copy_from_slice(&data[..n]);
+    u32::from_le_bytes(bytes)
 }
 
 /// An end that wants a dump, kept apart because the exit borrows the vCPU.

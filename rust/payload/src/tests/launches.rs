@@ -63,7 +63,7 @@ extern "C" {
 }
 
 /// `changing_child` as a program: it never returns and takes nothing.
-extern "C" fn changing() -> ! {
+pub extern "C" fn changing() -> ! {
     // SAFETY: the child's own code, on the child's own stack.
     unsafe { changing_child() }
 }
@@ -77,7 +77,7 @@ pub fn run(level: u32) -> Result<(), VmxError> {
 }
 
 /// What the child must have left in its VMCS after step `count`.
-fn left_behind(name: &str, which: usize, count: u64) {
+pub fn left_behind(name: &str, which: usize, count: u64) {
     let selector = |number: u64| (number & 1) * trap::DATA as u64;
     let data = trap::DATA as u64;
     for (field, expected) in [
@@ -288,7 +288,9 @@ fn states() -> Result<(), VmxError> {
     vmptrld(two.child.vmcs)?;
     log!("launches/two VMRESUME: {}", two.enter_by(How::Resume));
     two.skip()?;
-    // VMXOFF keeps launch states where the stock code does.
+    // VMXOFF keeps launch states where the stock code does. It has none of the current VMCS: see
+    // `super::run`.
+    vmptrld(vmx::new_region())?;
     vmxoff()?;
     vmxon(vmxon_region())?;
     for (name, bed) in [("one", &mut *one), ("two", two), ("three", three)] {

@@ -4,9 +4,9 @@
 
 use super::log;
 use crate::memory;
+use crate::vmx;
 use crate::vmx::field::{is_64_bit, EVERY, VM_INSTRUCTION_ERROR};
 use crate::vmx::ops::{vmclear, vmptrld, vmread, vmwrite, VmxError};
-use crate::vmx::{self};
 
 /// Discrepancies that are named; more are only counted.
 const NAMED: u32 = 12;

@@ -82,6 +82,16 @@ pub fn capability(msr: u32) -> u64 {
 
 /// Prepares the processor and enters VMX root operation. The error says what is missing.
 pub fn init() -> Result<(), &'static str> {
+    enable()?;
+    REGIONS
+        .revision
+        .set(capability(msr::BASIC) as u32 & 0x7fff_ffff);
+    REGIONS.vmxon.set(new_region());
+    ops::vmxon(vmxon_region()).map_err(|_| "VMXON failed")
+}
+
+/// Makes VMXON possible on this processor.
+pub fn enable() -> Result<(), &'static str> {
     if cpu::cpuid(1, 0).2 & 1 << 5 == 0 {
         return Err(
             "no VMX at this level: the level above must load kvm_intel with nested=1 \
@@ -101,9 +111,5 @@ pub fn init() -> Result<(), &'static str> {
             cpu::cr4() & capability(msr::CR4_FIXED1) | capability(msr::CR4_FIXED0) | CR4_VMXE,
         );
     }
-    REGIONS
-        .revision
-        .set(capability(msr::BASIC) as u32 & 0x7fff_ffff);
-    REGIONS.vmxon.set(new_region());
-    ops::vmxon(vmxon_region()).map_err(|_| "VMXON failed")
+    Ok(())
 }
