@@ -269,19 +269,37 @@ impl Links {
             );
             return Ok(());
         }
-        // Length and instruction information are undefined after exceptions and EPT violations.
-        let violation = vmread(VM_EXIT_REASON)? == vmx::exit::EPT_VIOLATION;
+        let access = if form == Form::ReadTo {
+            "read"
+        } else {
+            "write"
+        };
+        if vmread(VM_EXIT_REASON)? == vmx::exit::EPT_VIOLATION {
+            // KVM, where it emulates the access, gives the page and not the address, and not the bits of
+            // advanced information either; the processor may give more.
+            log!(
+                "links/{}, leave {}, link {}, field {:#x}, {}: EPT violation {:#x} of page {:#x}",
+                name,
+                leave as u8,
+                (link != u64::MAX) as u8,
+                field,
+                access,
+                vmread(EXIT_QUALIFICATION)? & 0x1ff,
+                vmread(GUEST_PHYSICAL_ADDRESS)? / memory::PAGE
+            );
+            return Ok(());
+        }
+        // Length and instruction information are undefined after exceptions.
         log!(
-            "links/{}, leave {}, link {}, field {:#x}, {}: {} interruption {:#x}/{:#x}, address {:#x}",
+            "links/{}, leave {}, link {}, field {:#x}, {}: {} interruption {:#x}/{:#x}",
             name,
             leave as u8,
             (link != u64::MAX) as u8,
             field,
-            if form == Form::ReadTo { "read" } else { "write" },
+            access,
             outcome,
             vmread(VM_EXIT_INTR_INFO)?,
-            vmread(VM_EXIT_INTR_ERROR_CODE)?,
-            if violation { vmread(GUEST_PHYSICAL_ADDRESS)? } else { 0 }
+            vmread(VM_EXIT_INTR_ERROR_CODE)?
         );
         Ok(())
     }
