@@ -29,20 +29,20 @@ pub fn title(row: &Row) -> String {
     format!("{}{pattern} at depth {}, {}", row.op, row.depth, row.config)
 }
 
-/// Per cent by which `now` is off `then`.
-fn off(now: u64, then: u64) -> f64 {
-    if now.abs_diff(then) <= SLACK {
+/// Per cent by which `now` is off `then`; nothing if it is by no more than `slack` instructions.
+fn off(now: u64, then: u64, slack: u64) -> f64 {
+    if now.abs_diff(then) <= slack {
         return 0.0;
     }
     100.0 * (now as f64 - then as f64) / (then.max(1) as f64)
 }
 
 /// The difference between two measurements of the same, if it is over `tolerance` per cent of the
-/// minimum, or over as much of the exits.
-pub fn difference(now: &Row, then: &Row, tolerance: f64) -> Option<String> {
+/// minimum and over `slack` instructions, or over as much of the exits.
+pub fn difference(now: &Row, then: &Row, tolerance: f64, slack: u64) -> Option<String> {
     let Counts { min, .. } = now.instructions;
     let before = then.instructions.min;
-    let instructions = off(min, before);
+    let instructions = off(min, before, slack);
     if instructions.abs() > tolerance {
         return Some(format!(
             "{}: {min} against {before} ({instructions:+.2} %)",
@@ -61,7 +61,7 @@ pub fn compare(now: &[Row], then: &Report, tolerance: f64) -> Comparison {
     for row in now {
         match then.rows.iter().find(|old| old.key() == row.key()) {
             None => result.new.push(title(row)),
-            Some(old) => match difference(row, old, tolerance) {
+            Some(old) => match difference(row, old, tolerance, SLACK) {
                 None => result.same += 1,
                 Some(line) => result.differences.push(line),
             },

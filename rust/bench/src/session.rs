@@ -18,6 +18,9 @@ use crate::{host, Code, Failure};
 
 /// How far stock at the end of a stack may be off stock at its start, in per cent, before it is said.
 const DRIFT: f64 = 1.0;
+/// Instructions by which stock may differ all the same: from one round of a boot to the next its shortest operations
+/// move by this order (23 of the 2,214 of vmread_shadowed at depth 2), which is over a per cent of so few.
+const DRIFT_SLACK: u64 = 32;
 
 /// A round of a stack.
 #[derive(Clone, Copy, Debug)]
@@ -262,7 +265,7 @@ fn drift(report: &Report) -> bool {
         let Some(first) = report.rows.iter().find(|row| row.key() == again.key()) else {
             continue;
         };
-        if let Some(line) = compare::difference(again, first, DRIFT) {
+        if let Some(line) = compare::difference(again, first, DRIFT, DRIFT_SLACK) {
             eprintln!("matryoshka: stock at the end is not stock at the start: {line}");
             any = true;
         }

@@ -136,14 +136,14 @@ proptest! {
 
     #[test]
     fn what_is_equal_never_differs(min in any::<u64>(), exits in prop::option::of(0f64..1e6)) {
-        prop_assert_eq!(difference(&row(min, exits), &row(min, exits), 1e-9), None);
+        prop_assert_eq!(difference(&row(min, exits), &row(min, exits), 1e-9, 2), None);
     }
 
     #[test]
     fn over_the_tolerance_is_told(min in 1000u64..1 << 40, percent in 2u64..50) {
         let slower = row(min + min * percent / 100 + 1, None);
-        prop_assert!(difference(&slower, &row(min, None), 1.0).is_some());
-        prop_assert_eq!(difference(&slower, &row(min, None), 100.0), None);
+        prop_assert!(difference(&slower, &row(min, None), 1.0, 2).is_some());
+        prop_assert_eq!(difference(&slower, &row(min, None), 100.0, 2), None);
         let found = compare(&[slower], &report(vec![row(min, None)]), 1.0);
         prop_assert_eq!((found.same, found.differences.len()), (0, 1));
     }
