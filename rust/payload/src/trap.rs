@@ -249,7 +249,7 @@ pub fn init() {
     // SAFETY: single-threaded start-up; the statics are not otherwise borrowed.
     unsafe {
         for cpu in 0..2 {
-            let tss = &raw const TASKS[cpu] as u64;
+            let tss = tss_base() + (cpu * size_of::<Tss>()) as u64;
             (*gdt).0[3 + 2 * cpu] =
                 limit | (tss & 0xff_ffff) << 16 | 0x89 << 40 | (tss >> 24 & 0xff) << 56;
             (*gdt).0[4 + 2 * cpu] = tss >> 32;
