@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! The second processor. It waits in the VMM for work and otherwise does nothing, so that there is one
 //! thread of execution unless a test wants two.
 //!

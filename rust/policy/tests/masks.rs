@@ -9,7 +9,7 @@ fn bits(words: &Words<32>, of: fn(&policy::masks::Masks) -> u64) -> BTreeSet<u16
     let mut all = BTreeSet::new();
     for m in words.iter() {
         for bit in 0..64 {
-            if of(m) >> bit & 1 != 0 {
+            if (of(m) >> bit) & 1 != 0 {
                 assert!(all.insert(m.index * 64 + bit), "a word stands twice");
             }
         }

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! Saving a machine in the middle of its run and going on in a new one: what live migration does, on
 //! one host and many times a second.
 //!

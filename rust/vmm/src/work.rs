@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! Work that a payload's first processor gives its second one, and moving both across the host's.
 
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -104,10 +104,11 @@ impl Memory {
     /// Makes tables if there are none. May sleep.
     pub(super) fn make_tables(&mut self, vcpu: Vcpu) -> bool {
         if self.tables.is_none() {
+            let Some(like) = vcpu.shadow_vmcs01() else {
+                return false;
+            };
             // SAFETY: In a handler of an exit the CPU is in VMX root operation.
-            self.tables = vcpu
-                .shadow_vmcs01()
-                .and_then(|like| unsafe { Tables::new(like) }.ok());
+            self.tables = unsafe { Tables::new(like) }.ok();
             self.stale = true;
         }
         self.tables.is_some()

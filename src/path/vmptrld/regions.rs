@@ -300,10 +300,11 @@ impl Regions {
         vmcs12: *const bindings::vmcs12,
         copier: &mut Copier<'_>,
     ) {
-        // SAFETY: By this function's contract.
-        let at = self
-            .position(vmptr)
-            .or_else(|| unsafe { self.make_room(copier) });
+        let at = match self.position(vmptr) {
+            Some(at) => Some(at),
+            // SAFETY: By this function's contract.
+            None => unsafe { self.make_room(copier) },
+        };
         let Some(slot) = at.and_then(|at| self.slots.get_mut(at)) else {
             return;
         };

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! VMCS link pointers and shadowing bitmaps that are bad, borderline or change owners, and operands of the
 //! child's VMREAD and VMWRITE that cannot be reached.
 

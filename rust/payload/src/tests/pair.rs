@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! Two processors: a VMCS that one has cleared goes on on the other with every value and its child, each
 //! keeps those that it has loaded meanwhile, and a processor may change what the other's child goes by.
 

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! A child that is a hypervisor in little: it executes a list of VMREADs and VMWRITEs, in every form of
 //! operands, and notes what each of them did. Its parent has VMCS shadowing on for it, so some of them
 //! reach a shadow VMCS and others leave the child.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 //! VMCS shadowing for the child: which of its VMREADs and VMWRITEs leave it, what the others do, and that
 //! the shadow VMCS is the same whether the child or its parent looks at it.
 
