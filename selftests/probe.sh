@@ -16,7 +16,7 @@ begin
 need_guest
 # shellcheck disable=SC2086 # words
 set -- $depths
-plan $(($# * 6))
+plan $(($# * 6 + 3))
 for depth; do
 	check "depth $depth: the probe runs and finds what the SDM says" probe "$depth"
 	say "depth $depth: $(wc -l <"$TMP/$depth/stock.log" 2>/dev/null || echo 0) lines of answers"
@@ -26,6 +26,11 @@ for depth; do
 	# The last config leaves the module as it was for it.
 	check "depth $depth: check compared something" at_least checked 1 "$(counter checked)"
 	check "depth $depth: and found no mismatch" equal mismatches 0 "$(mismatches)"
+	if [ "$depth" = "$1" ]; then
+		for path in fields vmptrld l2fields; do
+			check "depth $depth: so did the path $path" at_least checked 1 "$(cat "$SYS/paths/$path/checked")"
+		done
+	fi
 	! loaded || unload
 done
 finish

@@ -42,27 +42,27 @@ impl GuestMemory {
     fn host_address(&mut self, gpa: u64) -> Option<u64> {
         let offset = gpa.wrapping_sub(self.base);
         if offset < self.len {
-            return Some(self.host + offset);
+            return Some(self.host.wrapping_add(offset));
         }
         self.find_slot(gpa)
     }
 
     #[inline(never)]
     fn find_slot(&mut self, gpa: u64) -> Option<u64> {
-        const ORDINARY: u32 = bindings::KVM_MEM_LOG_DIRTY_PAGES | bindings::KVM_MEM_READONLY;
         let args = [self.vcpu.key(), (gpa >> 12) as usize];
         // SAFETY: As KVM itself calls it, under its SRCU lock.
         let slot = unsafe { CallId::GFN_TO_MEMSLOT.call(args) }?;
         // SAFETY: By the type's invariants a slot that KVM named is alive.
         let slot = unsafe { (slot as *const bindings::kvm_memory_slot).as_ref() }?;
-        if slot.flags & !ORDINARY != 0 {
+        // Not one that is read-only: stock VMPTRLD refuses a VMCS there (gfn_to_hva_many() wants to write).
+        if slot.flags & !bindings::KVM_MEM_LOG_DIRTY_PAGES != 0 {
             return None;
         }
         self.base = slot.base_gfn << 12;
         self.len = (slot.npages as u64) << 12;
         self.host = slot.userspace_addr as u64;
         let offset = gpa.wrapping_sub(self.base);
-        (offset < self.len).then(|| self.host + offset)
+        (offset < self.len).then(|| self.host.wrapping_add(offset))
     }
 
     /// Reads eight bytes that do not cross a page. May sleep.

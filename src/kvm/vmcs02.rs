@@ -73,19 +73,7 @@ impl Vcpu {
         unsafe {
             self.set_vmcs02_shadowing(false);
             vmx::vmwrite(VMCS_LINK_POINTER, u64::MAX);
-            self.forget_l2_shadow(shadow);
-        }
-    }
-
-    /// As `stop_serving_l2`, when vmcs02 is about to be freed.
-    ///
-    /// # Safety
-    ///
-    /// The vCPU is loaded on this CPU and `serve_l2` was called with `shadow`.
-    pub(crate) unsafe fn forget_l2_shadow(self, shadow: *mut bindings::vmcs) {
-        // SAFETY: By this function's contract. Cleared before KVM forgets it, so that a migration in between
-        // clears it on the old CPU.
-        unsafe {
+            // Cleared before KVM forgets it, so that a migration in between clears it on the old CPU.
             vmx::vmclear(vmx::physical(shadow.cast()));
             (&raw mut (*self.raw()).nested.vmcs02.shadow_vmcs).write(core::ptr::null_mut());
         }

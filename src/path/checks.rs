@@ -13,7 +13,7 @@
 //!   MSRs, IA32_PERF_CAPABILITIES, eVMCS) makes the vCPU's memory void: kvm_arch_vcpu_ioctl() is
 //!   hooked, and everything but KVM_RUN and plain register access passes there.
 
-use super::{Counters, Path};
+use super::Path;
 use crate::{
     bindings,
     hook::{Continuation, HookId, InFlight, Verdict},
@@ -238,12 +238,6 @@ impl Memory {
     }
 }
 
-fn fall_back(counters: &Counters, reason: Reason) {
-    if let Some(count) = counters.fallbacks.get(reason as usize) {
-        count.bump();
-    }
-}
-
 /// A report is printed once for each check; the counter has them all.
 static REPORTED: [AtomicBool; 4] = [const { AtomicBool::new(false) }; 4];
 
@@ -315,16 +309,14 @@ fn check_slowly<I: Inputs>(
                 }
             }
         } else {
-            fall_back(
-                counters,
-                match (key, now, was) {
-                    (NO_KEY, ..) => Reason::NoVmptr,
-                    _ if ret != 0 => Reason::Failed,
-                    (_, None, _) => Reason::Unusual,
-                    (_, _, None) => Reason::New,
-                    _ => Reason::Changed,
-                },
-            );
+            let reason = match (key, now, was) {
+                (NO_KEY, ..) => Reason::NoVmptr,
+                _ if ret != 0 => Reason::Failed,
+                (_, None, _) => Reason::Unusual,
+                (_, _, None) => Reason::New,
+                _ => Reason::Changed,
+            };
+            counters.fall_back(reason as usize);
         }
         if let Some(known) = local.checks.0.get_or_insert(key) {
             *I::slot(known) = now.filter(|_| ret == 0);
@@ -444,7 +436,7 @@ fn valid_slowly(
                 Some(_) => Reason::Changed,
                 None => Reason::New,
             };
-            fall_back(counters, reason);
+            counters.fall_back(reason as usize);
         }
         if let Some(known) = local.checks.0.get_or_insert(key) {
             known.segments = ret.then_some(now);

@@ -67,6 +67,17 @@ pub(crate) fn mode(path: usize) -> Mode {
     Mode::from_number(number).unwrap_or(Mode::Off)
 }
 
+/// As `mode`; off while a livepatch has taken one of the path's functions over, so that the vCPUs go back to the
+/// stock code and to the patch.
+#[inline(always)]
+fn mode_unless_patched(number: usize, path: &Path) -> Mode {
+    if path.hooks.iter().any(|hook| hook.livepatched()) {
+        Mode::Off
+    } else {
+        mode(number)
+    }
+}
+
 /// Puts a mode in force; `control` has made sure that the hooks fit.
 pub(crate) fn set_mode(path: usize, mode: Mode) {
     if let Some(m) = MODES.get(path) {
@@ -125,6 +136,13 @@ impl Counters {
             mismatches: Count::new(),
             saved_exits: Count::new(),
             fallbacks: [const { Count::new() }; MAX_REASONS],
+        }
+    }
+
+    /// Counts a call left to the stock code; `reason` is the path's own number for why.
+    fn fall_back(&self, reason: usize) {
+        if let Some(count) = self.fallbacks.get(reason) {
+            count.bump();
         }
     }
 

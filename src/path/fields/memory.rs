@@ -34,6 +34,12 @@ impl Shared {
         self.extended.load(Ordering::Relaxed)
     }
 
+    /// Notes that the current thread runs the vCPU.
+    #[inline(always)]
+    pub(crate) fn note_thread(&self) {
+        self.thread.store(current!().pid(), Ordering::Relaxed);
+    }
+
     /// The thread that ran the vCPU last, by its number in the initial namespace.
     pub(crate) fn thread(&self) -> i32 {
         self.thread.load(Ordering::Relaxed)
@@ -210,7 +216,7 @@ impl Memory {
             return unsafe { self.restore(vcpu, vmcs12, check, shared) };
         }
         self.written = Set::EMPTY;
-        shared.thread.store(current!().pid(), Ordering::Relaxed);
+        shared.note_thread();
         if !shared.is_extended() {
             let at = |bitmap: &Bitmap| vmx::physical(core::ptr::from_ref(bitmap).cast());
             // SAFETY: By this function's contract vmcs01 is current again; the bitmaps live as long

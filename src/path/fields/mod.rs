@@ -25,7 +25,7 @@ mod memory;
 
 pub(crate) use memory::{Memory, Shared};
 
-use super::{Counters, Path};
+use super::Path;
 use crate::{
     bindings,
     hook::{CallId, Continuation, HookId, InFlight, Verdict},
@@ -86,21 +86,10 @@ enum Reason {
     Evmcs,
 }
 
-fn fall_back(counters: &Counters, reason: Reason) {
-    if let Some(count) = counters.fallbacks.get(reason as usize) {
-        count.bump();
-    }
-}
-
-/// The path's mode; off while a livepatch has taken one of its functions over, so that the vCPUs go
-/// back to the stock code and to the patch.
+/// The path's mode, see `mode_unless_patched`.
 #[inline(always)]
 fn mode() -> Mode {
-    if PATH.hooks.iter().any(|hook| hook.livepatched()) {
-        Mode::Off
-    } else {
-        super::mode(NUMBER)
-    }
+    super::mode_unless_patched(NUMBER, &PATH)
 }
 
 /// Gives the vCPU back to the stock code.
@@ -280,11 +269,11 @@ fn accessed(raw: *mut bindings::kvm_vcpu, write: bool, cont: Continuation) -> Ve
         let count = counters.path::<NUMBER>();
         let memory = &mut local.fields;
         let Some(number) = fields::by_encoding(encoding) else {
-            fall_back(count, Reason::UnknownField);
+            count.fall_back(Reason::UnknownField as usize);
             return true;
         };
         if vcpu.evmcs_is_mapped() || vcpu.shadow_vmcs().is_none() {
-            fall_back(count, Reason::Evmcs);
+            count.fall_back(Reason::Evmcs as usize);
             return true;
         }
         let Some(class) = FIELDS.get(number as usize).map(|f| f.class) else {
@@ -304,13 +293,13 @@ fn accessed(raw: *mut bindings::kvm_vcpu, write: bool, cont: Continuation) -> Ve
             Class::Seen => false,
         };
         if !may_be_learned {
-            fall_back(count, Reason::Never);
+            count.fall_back(Reason::Never as usize);
             return memory.unfit || memory.extension.is_some();
         }
         if write {
             memory.written.insert(number);
         }
-        fall_back(count, Reason::Learning);
+        count.fall_back(Reason::Learning as usize);
         if memory.learner.touched(number, class.is_late()) {
             memory.stale = true;
             if !kvm_knows(number) {

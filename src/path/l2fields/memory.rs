@@ -178,7 +178,7 @@ impl Memory {
             let mut merge = |bitmap: &mut Bitmap, gpa: u64, mask: u64| {
                 // A bitmap that cannot be read makes every access exit to L1, as on stock.
                 let theirs = memory
-                    .read_u64(gpa + u64::from(m.index) * 8)
+                    .read_u64(gpa.wrapping_add(u64::from(m.index) * 8))
                     .unwrap_or(u64::MAX);
                 bitmap
                     .word(m.index)
@@ -238,21 +238,14 @@ impl Memory {
     ///
     /// # Safety
     ///
-    /// The vCPU is loaded on this CPU by the current task. `freed`: vmcs02 is about to be freed.
-    pub(super) unsafe fn stop(&mut self, vcpu: Vcpu, freed: bool) {
+    /// The vCPU is loaded on this CPU by the current task.
+    pub(super) unsafe fn stop(&mut self, vcpu: Vcpu) {
         let (Some(t), true) = (&self.tables, self.serving) else {
             return;
         };
         let guard = t.quiet.lock();
         // SAFETY: By this function's contract, preemption being off.
-        let done = unsafe {
-            if freed {
-                vcpu.forget_l2_shadow(t.shadow.as_ptr());
-                Some(())
-            } else {
-                vcpu.with_vmcs02(|| vcpu.stop_serving_l2(t.shadow.as_ptr()))
-            }
-        };
+        let done = unsafe { vcpu.with_vmcs02(|| vcpu.stop_serving_l2(t.shadow.as_ptr())) };
         drop(guard);
         self.serving = done.is_none();
     }

@@ -17,7 +17,7 @@ mod memory;
 
 pub(crate) use memory::Memory;
 
-use super::{Counters, Local, Path};
+use super::{CounterSet, Counters, Local, Path};
 use crate::{
     bindings,
     hook::{CallId, Continuation, HookId, InFlight, Verdict},
@@ -70,12 +70,6 @@ enum Reason {
     Learning,
 }
 
-fn fall_back(counters: &Counters, reason: Reason) {
-    if let Some(count) = counters.fallbacks.get(reason as usize) {
-        count.bump();
-    }
-}
-
 /// What another thread may know about a vCPU.
 pub(crate) struct Shared {
     serving: AtomicBool,
@@ -94,20 +88,18 @@ impl Shared {
     }
 }
 
-/// The path's mode; off while a livepatch has taken one of its functions over.
+/// The path's mode, see `mode_unless_patched`.
 #[inline(always)]
 fn mode() -> Mode {
-    if PATH.hooks.iter().any(|hook| hook.livepatched()) {
-        Mode::Off
-    } else {
-        super::mode(NUMBER)
-    }
+    super::mode_unless_patched(NUMBER, &PATH)
 }
 
-fn publish(local: &Local, shared: &Shared) {
+fn publish(local: &Local, shared: &CounterSet) {
     let serving = local.l2fields.is_serving();
-    if shared.serving.load(Ordering::Relaxed) != serving {
-        shared.serving.store(serving, Ordering::Release);
+    if shared.l2fields.serving.load(Ordering::Relaxed) != serving {
+        // Whoever gives the vCPU back may have to send its thread out of KVM_RUN.
+        shared.fields.note_thread();
+        shared.l2fields.serving.store(serving, Ordering::Release);
     }
 }
 
@@ -134,12 +126,12 @@ pub(super) fn accessed(vcpu: Vcpu, id: HookId, encoding: u64) -> bool {
                     memory.learner.bar(number);
                 }
                 memory.stale |= joined;
-                fall_back(count, Reason::Learning);
+                count.fall_back(Reason::Learning as usize);
                 return joined;
             }
             Some(_) => Reason::Never,
         };
-        fall_back(count, reason);
+        count.fall_back(reason as usize);
         false
     });
     joined == Some(true)
@@ -159,10 +151,10 @@ pub(super) fn renew(vcpu: Vcpu, _section: &InFlight) {
         // complete but for what is served.
         unsafe {
             local.l2fields.save(vcpu);
-            local.l2fields.stop(vcpu, false);
+            local.l2fields.stop(vcpu);
             local.l2fields.serve(vcpu, bitmaps);
         }
-        publish(local, &counters.l2fields);
+        publish(local, counters);
     });
 }
 
@@ -185,8 +177,8 @@ extern "C" fn mtk_on_nested_run(
     state::with(vcpu, |local, counters| {
         // The last entry failed in the processor, so that nobody looked at the shadow VMCS.
         // SAFETY: L1 has exited, so the vCPU is loaded by this task.
-        unsafe { local.l2fields.stop(vcpu, false) };
-        publish(local, &counters.l2fields);
+        unsafe { local.l2fields.stop(vcpu) };
+        publish(local, counters);
     });
     // SAFETY: This handler's continuation and the hooked function's own arguments.
     let value = unsafe { section.call_stock(cont, [vcpu.key(), launch, 0]) };
@@ -204,7 +196,7 @@ extern "C" fn mtk_on_nested_run(
                 counters.path::<NUMBER>().taken.bump();
             }
         }
-        publish(local, &counters.l2fields);
+        publish(local, counters);
     });
     Verdict::handled(value)
 }
@@ -224,10 +216,10 @@ extern "C" fn mtk_on_sync_vmcs02(
             unsafe {
                 local.l2fields.save(vcpu);
                 if !vcpu.guest_mode() {
-                    local.l2fields.stop(vcpu, false);
+                    local.l2fields.stop(vcpu);
                 }
             }
-            publish(local, &counters.l2fields);
+            publish(local, counters);
         } else if mode() == Mode::Check && !local.l2fields.learner.learned().is_empty() {
             let count = counters.path::<NUMBER>();
             if vcpu.has_l2_shadow() {
@@ -239,14 +231,15 @@ extern "C" fn mtk_on_sync_vmcs02(
     Verdict::STOCK
 }
 
-/// VMX operation of L1 ends, and vmcs02 with it.
+/// VMX operation of L1 ends, and vmcs02 is about to be freed. L2 can only be served still if its last entry failed
+/// in the processor.
 pub(super) fn end(raw: *mut bindings::kvm_vcpu) {
     // SAFETY: The hooked function's own argument.
     let vcpu = unsafe { Vcpu::from_hook(raw) };
     state::with(vcpu, |local, counters| {
         // SAFETY: free_nested() runs with the vCPU loaded.
-        unsafe { local.l2fields.stop(vcpu, true) };
-        publish(local, &counters.l2fields);
+        unsafe { local.l2fields.stop(vcpu) };
+        publish(local, counters);
     });
 }
 
@@ -263,9 +256,9 @@ pub(super) unsafe fn withdraw(vcpu: Vcpu) {
             if !vcpu.vmcs01_is_loaded() {
                 local.l2fields.save(vcpu);
             }
-            local.l2fields.stop(vcpu, false);
+            local.l2fields.stop(vcpu);
         }
-        publish(local, &counters.l2fields);
+        publish(local, counters);
     });
 }
 
@@ -273,15 +266,22 @@ pub(super) unsafe fn withdraw(vcpu: Vcpu) {
 pub(super) fn retire(raw: *mut bindings::kvm_vcpu) {
     // SAFETY: The hooked function's own argument; used to find the state.
     let vcpu = unsafe { Vcpu::from_hook(raw) };
-    if state::with(vcpu, |_, counters| counters.l2fields.is_serving()) == Some(true) {
-        let args = [raw as usize];
-        // SAFETY: As nested_vmx_free_vcpu() itself is about to do.
-        unsafe {
-            if CallId::VCPU_LOAD.call(args).is_some() {
-                withdraw(vcpu);
-                CallId::VCPU_PUT.call(args);
-            }
+    if state::with(vcpu, |_, counters| counters.l2fields.is_serving()) != Some(true) {
+        return;
+    }
+    let mutex = Vcpu::mutex(raw);
+    let args = [raw as usize];
+    // SAFETY: As nested_vmx_free_vcpu() itself is about to do. Whoever else gives vCPUs back (`drain`) does it under
+    // the mutex, too, which nobody holds for long when the VM is gone.
+    unsafe {
+        while bindings::mutex_trylock(mutex) == 0 {
+            bindings::msleep(1);
         }
+        if CallId::VCPU_LOAD.call(args).is_some() {
+            withdraw(vcpu);
+            CallId::VCPU_PUT.call(args);
+        }
+        bindings::mutex_unlock(mutex);
     }
 }
 
@@ -295,7 +295,12 @@ pub(super) fn leave(raw: *mut bindings::kvm_vcpu) {
 
 fn drain() {
     super::drain::drain(
-        &[HookId::NESTED_RUN],
+        // Those that start to serve.
+        &[
+            HookId::NESTED_RUN,
+            HookId::HANDLE_VMREAD,
+            HookId::HANDLE_VMWRITE,
+        ],
         |counters| counters.l2fields.is_serving(),
         // SAFETY: `drain` has the vCPU loaded.
         |vcpu| unsafe { withdraw(vcpu) },

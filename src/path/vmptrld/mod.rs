@@ -99,20 +99,15 @@ impl Shared {
     }
 }
 
-/// The path's mode; off while a livepatch has taken one of its functions over.
+/// The path's mode, see `mode_unless_patched`.
 #[inline(always)]
 fn mode() -> Mode {
-    if PATH.hooks.iter().any(|hook| hook.livepatched()) {
-        Mode::Off
-    } else {
-        super::mode(NUMBER)
-    }
+    super::mode_unless_patched(NUMBER, &PATH)
 }
 
-/// Whether the vCPU is in a state that this path knows.
-fn is_able(vcpu: Vcpu, local: &Local, counters: &CounterSet) -> bool {
+/// Whether the vCPU is in a state that this path knows. To act, the path `fields` must not be in mode `check`.
+fn is_able(vcpu: Vcpu, counters: &CounterSet) -> bool {
     counters.fields.is_extended()
-        && !local.fields.is_checking()
         && vcpu.vmxon()
         && vcpu.vmcs01_is_loaded()
         && !vcpu.guest_mode()
@@ -126,14 +121,10 @@ fn is_able(vcpu: Vcpu, local: &Local, counters: &CounterSet) -> bool {
 ///
 /// In the handler of handle_vmptrld().
 unsafe fn load(vcpu: Vcpu, local: &mut Local, counters: &CounterSet) -> Result<(), Reason> {
-    if !is_able(vcpu, local, counters) {
+    if !is_able(vcpu, counters) || local.fields.is_checking() {
         return Err(Reason::NotExtended);
     }
-    let mut copier = Copier {
-        vcpu,
-        fields: &mut local.fields,
-        count: counters.path::<{ fields::NUMBER }>(),
-    };
+    let mut copier = Copier::new(vcpu, &mut local.fields, counters);
     // SAFETY: By this function's contract.
     let mut memory = unsafe { GuestMemory::new(vcpu) };
     let vmptr = vcpu.vmptr_operand(&mut memory).ok_or(Reason::Operand)?;
@@ -171,14 +162,10 @@ unsafe fn load(vcpu: Vcpu, local: &mut Local, counters: &CounterSet) -> Result<(
 ///
 /// In the handler of handle_vmclear().
 unsafe fn clear(vcpu: Vcpu, local: &mut Local, counters: &CounterSet) -> Result<(), Reason> {
-    if !is_able(vcpu, local, counters) {
+    if !is_able(vcpu, counters) || local.fields.is_checking() {
         return Err(Reason::NotExtended);
     }
-    let mut copier = Copier {
-        vcpu,
-        fields: &mut local.fields,
-        count: counters.path::<{ fields::NUMBER }>(),
-    };
+    let mut copier = Copier::new(vcpu, &mut local.fields, counters);
     // SAFETY: By this function's contract.
     let mut memory = unsafe { GuestMemory::new(vcpu) };
     let vmptr = vcpu.vmptr_operand(&mut memory).ok_or(Reason::Operand)?;
@@ -212,11 +199,7 @@ unsafe fn clear(vcpu: Vcpu, local: &mut Local, counters: &CounterSet) -> Result<
 ///
 /// The vCPU is loaded by this task, which has its VMM's address space if anything is kept.
 unsafe fn evict_all(vcpu: Vcpu, local: &mut Local, counters: &CounterSet) {
-    let mut copier = Copier {
-        vcpu,
-        fields: &mut local.fields,
-        count: counters.path::<{ fields::NUMBER }>(),
-    };
+    let mut copier = Copier::new(vcpu, &mut local.fields, counters);
     // SAFETY: By this function's contract.
     unsafe { local.regions.evict_all(&mut copier) };
     local.regions.publish(&counters.vmptrld);
@@ -251,9 +234,7 @@ fn handle(
                 true
             }
             Err(reason) => {
-                if let Some(n) = count.fallbacks.get(reason as usize) {
-                    n.bump();
-                }
+                count.fall_back(reason as usize);
                 if !matches!(reason, Reason::Stock) {
                     // SAFETY: As above.
                     unsafe { evict_all(vcpu, local, counters) };
@@ -275,7 +256,7 @@ fn handle(
 fn compare(vcpu: Vcpu, section: &InFlight, cont: Continuation) -> Verdict {
     let before = vcpu.current_vmptr();
     let expected = state::with(vcpu, |local, counters| {
-        if !is_able(vcpu, local, counters) {
+        if !is_able(vcpu, counters) {
             return None;
         }
         local.regions.images = true;
@@ -287,11 +268,7 @@ fn compare(vcpu: Vcpu, section: &InFlight, cont: Continuation) -> Verdict {
             if before != NONE && !vmcs12.is_shadow() && vmptr.is_some_and(|v| v != before) {
                 local.fields.quietly(|| vcpu.fetch_late_fields());
                 local.fields.make_vmcs12_newer(vcpu, count);
-                let mut copier = Copier {
-                    vcpu,
-                    fields: &mut local.fields,
-                    count,
-                };
+                let mut copier = Copier::new(vcpu, &mut local.fields, counters);
                 local.regions.keep_image(before, pages.vmcs12, &mut copier);
             }
             Some(vmptr)

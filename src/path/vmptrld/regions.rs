@@ -10,7 +10,7 @@ use crate::{
         shadow_page::ShadowPage,
         vmx, Vcpu,
     },
-    path::{fields, Counters},
+    path::{fields, CounterSet, Counters},
 };
 use core::sync::atomic::Ordering;
 use kernel::prelude::*;
@@ -99,7 +99,19 @@ pub(super) struct Copier<'a> {
     pub(super) count: &'a Counters,
 }
 
-impl Copier<'_> {
+impl<'a> Copier<'a> {
+    pub(super) fn new(
+        vcpu: Vcpu,
+        fields: &'a mut fields::Memory,
+        counters: &'a CounterSet,
+    ) -> Self {
+        Self {
+            vcpu,
+            fields,
+            count: counters.path::<{ fields::NUMBER }>(),
+        }
+    }
+
     /// # Safety
     ///
     /// The vCPU is loaded by this task, and the shadow VMCS of `pages` is the newer.
@@ -197,21 +209,26 @@ impl Regions {
         self.clock += 1;
         let slot = self.slots.get_mut(at)?;
         let new = slot.pages.take()?.into_pages();
-        copier.fields.quietly(|| {
+        let done = copier.fields.quietly(|| {
             let newer = old != NONE && !vcpu.vmcs12_is_newer();
             // SAFETY: vmcs01 is current by this function's contract, preemption is off here, and the pages are
             // this vCPU's by the type's invariants.
             unsafe {
                 if old != NONE {
                     vcpu.fetch_late_fields();
-                    vmx::vmclear(vmx::physical(was.shadow.cast()));
                     vcpu.drop_current_vmptr(false);
                 }
+                vmx::vmclear(vmx::physical(was.shadow.cast()));
                 vcpu.set_pages(new);
                 vcpu.set_current_vmptr(vmptr, slot.shadow_newer);
             }
             slot.shadow_newer = newer;
         });
+        if done.is_none() {
+            // Not extended after all: nothing was exchanged.
+            slot.pages = Some(Owned(new));
+            return None;
+        }
         slot.pages = Some(Owned(was));
         slot.used = self.clock;
         self.last = at;
