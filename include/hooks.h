@@ -33,7 +33,8 @@
 	HOOK(vcpu_put, kvm, vcpu_put, 1)				\
 	HOOK(nested_run, kvm_intel, nested_vmx_run, 2)			\
 	HOOK(sync_vmcs02, kvm_intel, sync_vmcs02_to_vmcs12, 2)		\
-	HOOK(enter_guest, kvm_intel, vmx_prepare_switch_to_guest, 1)
+	HOOK(enter_guest, kvm_intel, vmx_prepare_switch_to_guest, 1)	\
+	HOOK(ept_page_fault, kvm, ept_page_fault, 2)
 
 /*
  * KVM functions that Matryoshka calls: CALL(id, module, symbol, nargs), with the same checks, up to 5
@@ -53,4 +54,7 @@
 	CALL(skip_instruction, kvm, kvm_skip_emulated_instruction, 1)	\
 	CALL(free_roots, kvm, kvm_mmu_free_roots, 3)			\
 	CALL(gfn_to_memslot, kvm, kvm_vcpu_gfn_to_memslot, 2)		\
-	CALL(write_guest_page, kvm, kvm_write_guest_page, 5)
+	CALL(write_guest_page, kvm, kvm_write_guest_page, 5)		\
+	CALL(read_guest_atomic, kvm, kvm_vcpu_read_guest_atomic, 4)	\
+	CALL(topup_mmu_caches, kvm, mmu_topup_memory_caches, 2)		\
+	CALL(prefetch_sptes, kvm, kvm_mmu_prefetch_sptes, 5)

@@ -11,6 +11,7 @@
 #include <linux/gfp.h>
 #include <linux/kobject.h>
 #include <linux/kprobes.h>
+#include <linux/mm_types.h>
 #include <linux/module.h>
 #include <linux/mutex.h>
 #include <linux/notifier.h>
@@ -25,6 +26,7 @@
 #include "vmx/vmcs12.h"
 #include "mmu.h"
 #include "mmu/mmu_internal.h"
+#include "mmu/spte.h"
 
 #include "hook_abi.h"
 
@@ -33,6 +35,18 @@ enum {
 	MTK_GFP_ZEROED = GFP_KERNEL_ACCOUNT | __GFP_ZERO | __GFP_NOWARN,
 	MTK_MMU_ROOTS_ALL = KVM_MMU_ROOTS_ALL,
 	MTK_VMCS12_REVISION = VMCS12_REVISION,
+	MTK_RET_PF_FIXED = RET_PF_FIXED,
+	MTK_ACC_READ = ACC_READ_MASK,
+	MTK_ACC_WRITE = ACC_WRITE_MASK,
+	MTK_ACC_EXEC = ACC_EXEC_MASK,
+	MTK_ACC_USER_EXEC = ACC_USER_EXEC_MASK,
+};
+
+/* What EPT02 and other shadow page tables are made of. */
+enum : u64 {
+	MTK_SPTE_NONPRESENT = SHADOW_NONPRESENT_VALUE,
+	MTK_SPTE_PRESENT = SPTE_MMU_PRESENT_MASK,
+	MTK_SPTE_HUGE = PT_PAGE_SIZE_MASK,
 };
 
 /* Bits of kvm_vcpu_arch.regs_avail. */

@@ -47,13 +47,17 @@ static EXPECTED: &[Expected] = &expect! {
     kvm_vcpu { kvm, arch, run }
     kvm_vcpu_arch {
         regs, regs_avail, cr0, cr4, efer, hflags, mmu, guest_mmu, nested_run_pending,
-        reserved_gpa_bits,
+        reserved_gpa_bits, mmu_pte_list_desc_cache,
     }
     kvm_mmu { root_role, root, prev_roots }
-    kvm_mmu_root_info { hpa }
-    kvm { arch, srcu }
+    kvm_mmu_root_info { hpa, pgd }
+    kvm_mmu_memory_cache { nobjs }
+    kvm { arch, srcu, mmu_invalidate_in_progress, online_vcpus }
     kvm_memory_slot { base_gfn, npages, userspace_addr, flags }
-    kvm_arch { disabled_quirks }
+    kvm_arch { disabled_quirks, mmu_valid_gen }
+    kvm_mmu_page { tdp_mmu_page, unsync, role, gfn, spt, shadowed_translation }
+    kvm_page_fault { addr, prefetch, goal_level }
+    page { flags }
 };
 
 /// Why the running kernel is not the one that this module was built for.
@@ -137,8 +141,9 @@ pub(crate) fn check(fault: usize) -> Result<Prototypes, Mismatch> {
     );
 
     for (number, want) in (1..).zip(EXPECTED) {
-        let found = intel
-            .structure(want.name.as_bytes())
+        let name = want.name.as_bytes();
+        let found = (intel.structure(name))
+            .or_else(|| kvm.structure(name))
             .ok_or(Mismatch::Missing(want.name))?;
         let size = if fault == number {
             want.size + 8

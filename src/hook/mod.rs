@@ -87,6 +87,9 @@ call_ids! {
     FREE_ROOTS = mtk_call_id_MTK_CALL_free_roots;
     GFN_TO_MEMSLOT = mtk_call_id_MTK_CALL_gfn_to_memslot;
     WRITE_GUEST_PAGE = mtk_call_id_MTK_CALL_write_guest_page;
+    READ_GUEST_ATOMIC = mtk_call_id_MTK_CALL_read_guest_atomic;
+    TOPUP_MMU_CACHES = mtk_call_id_MTK_CALL_topup_mmu_caches;
+    PREFETCH_SPTES = mtk_call_id_MTK_CALL_prefetch_sptes;
 }
 
 static CALL_ADDRESSES: [AtomicUsize; CALLS] = [const { AtomicUsize::new(0) }; CALLS];
@@ -165,6 +168,7 @@ hook_ids! {
     NESTED_RUN = mtk_hook_id_MTK_HOOK_nested_run;
     SYNC_VMCS02 = mtk_hook_id_MTK_HOOK_sync_vmcs02;
     ENTER_GUEST = mtk_hook_id_MTK_HOOK_enter_guest;
+    EPT_PAGE_FAULT = mtk_hook_id_MTK_HOOK_ept_page_fault;
 }
 
 impl HookId {

@@ -7,9 +7,11 @@
 
 pub(crate) mod checks;
 mod drain;
+mod entry;
 pub(crate) mod exits;
 pub(crate) mod fields;
 pub(crate) mod l2fields;
+pub(crate) mod prefault;
 pub(crate) mod vmptrld;
 
 use crate::{
@@ -51,7 +53,13 @@ impl Path {
 }
 
 /// All paths; a path's number is its place here.
-pub(crate) static PATHS: &[Path] = &[checks::PATH, fields::PATH, vmptrld::PATH, l2fields::PATH];
+pub(crate) static PATHS: &[Path] = &[
+    checks::PATH,
+    fields::PATH,
+    vmptrld::PATH,
+    l2fields::PATH,
+    prefault::PATH,
+];
 
 /// Hooks that keep per-vCPU state honest; attached whenever any path is not off, before the path's
 /// own and detached after them.
@@ -252,6 +260,7 @@ pub(crate) struct Local {
     pub(crate) fields: fields::Memory,
     pub(crate) regions: vmptrld::Regions,
     pub(crate) l2fields: l2fields::Memory,
+    pub(crate) prefault: prefault::Memory,
 }
 
 impl Local {
@@ -261,6 +270,7 @@ impl Local {
         fields: fields::Memory::NEW,
         regions: vmptrld::Regions::NEW,
         l2fields: l2fields::Memory::NEW,
+        prefault: prefault::Memory::NEW,
     };
 
     /// Forgets everything that was concluded from the vCPU's configuration.

@@ -158,47 +158,36 @@ pub(super) fn renew(vcpu: Vcpu, _section: &InFlight) {
     });
 }
 
-/// Handler of nested_vmx_run(): VMLAUNCH or VMRESUME by L1.
-#[no_mangle]
-extern "C" fn mtk_on_nested_run(
-    raw: *mut bindings::kvm_vcpu,
-    launch: usize,
-    cont: Continuation,
-) -> Verdict {
-    // SAFETY: The hooked function's own argument.
-    let vcpu = unsafe { Vcpu::from_hook(raw) };
-    let known = state::with(vcpu, |local, _| {
-        local.l2fields.is_serving() || !local.l2fields.learner.learned().is_empty()
-    });
-    if known != Some(true) {
-        return Verdict::STOCK;
-    }
-    let section = InFlight::enter(HookId::NESTED_RUN);
-    state::with(vcpu, |local, counters| {
-        // The last entry failed in the processor, so that nobody looked at the shadow VMCS.
-        // SAFETY: L1 has exited, so the vCPU is loaded by this task.
-        unsafe { local.l2fields.stop(vcpu) };
-        publish(local, counters);
-    });
-    // SAFETY: This handler's continuation and the hooked function's own arguments.
-    let value = unsafe { section.call_stock(cont, [vcpu.key(), launch, 0]) };
+/// Whether VMLAUNCH or VMRESUME concerns this path.
+#[inline(always)]
+pub(super) fn has_learned(local: &Local) -> bool {
+    local.l2fields.is_serving() || !local.l2fields.learner.learned().is_empty()
+}
+
+/// L1 has made a VMLAUNCH or VMRESUME, which is yet to be carried out.
+pub(super) fn before_entry(vcpu: Vcpu, local: &mut Local, counters: &CounterSet) {
+    // The last entry failed in the processor, so that nobody looked at the shadow VMCS.
+    // SAFETY: L1 has exited, so the vCPU is loaded by this task.
+    unsafe { local.l2fields.stop(vcpu) };
+    publish(local, counters);
+}
+
+/// It was carried out.
+pub(super) fn entered(vcpu: Vcpu, local: &mut Local, counters: &CounterSet) {
     let mode = mode();
-    state::with(vcpu, |local, counters| {
-        let (Some(bitmaps), true) = (vcpu.shadowing_for_l2(), mode != Mode::Off) else {
-            return;
-        };
-        let memory = &mut local.l2fields;
-        memory.stale |= memory.learner.switched();
-        if mode == Mode::On {
-            // SAFETY: nested_vmx_run() has entered L2 and fetched its shadow VMCS.
-            unsafe { memory.serve(vcpu, bitmaps) };
-            if memory.is_serving() {
-                counters.path::<NUMBER>().taken.bump();
-            }
+    let (Some(bitmaps), true) = (vcpu.shadowing_for_l2(), mode != Mode::Off) else {
+        return;
+    };
+    let memory = &mut local.l2fields;
+    memory.stale |= memory.learner.switched();
+    if mode == Mode::On {
+        // SAFETY: nested_vmx_run() has entered L2 and fetched its shadow VMCS.
+        unsafe { memory.serve(vcpu, bitmaps) };
+        if memory.is_serving() {
+            counters.path::<NUMBER>().taken.bump();
         }
-        publish(local, counters);
-    });
-    Verdict::handled(value)
+    }
+    publish(local, counters);
 }
 
 /// Handler of sync_vmcs02_to_vmcs12(): L2 exits to L1, or its state is asked for.

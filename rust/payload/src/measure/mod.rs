@@ -160,7 +160,7 @@ impl Meter {
 
     /// Warm-up, then one operation between the profiler's start and stop.
     pub fn profile(&mut self, name: &str) -> bool {
-        let Some(op) = Op::from_name(name).filter(|op| !op.is_touch()) else {
+        let Some(op) = Op::from_name(name) else {
             error!("cannot profile '{name}'");
             return false;
         };
@@ -169,7 +169,11 @@ impl Meter {
             return false;
         }
         line!("start {}", op.name());
-        let result = self.one_profiled(op);
+        let result = if op.is_touch() {
+            self.touch_profiled(op)
+        } else {
+            self.one_profiled(op)
+        };
         if let Err(why) = result {
             error!("{name}: {why}");
         }

@@ -3,13 +3,14 @@
 //! so single touches fall into two kinds, and what they cost on average per page is what a guest feels.
 
 use core::arch::asm;
-use core::sync::atomic::{AtomicPtr, AtomicU64, Ordering::Relaxed};
+use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering::Relaxed};
 
 use protocol::ports::{touch, TOUCH_BASE};
-use protocol::{Op, OpSpec, Pattern, Sample, Summary};
+use protocol::{backdoor, Op, OpSpec, Pattern, Sample, Summary};
 
 use super::Meter;
 use crate::control;
+use crate::cpu;
 use crate::memory::PAGE;
 use crate::vmx::child::{self, How, Registers};
 use crate::vmx::ept::Ept;
@@ -20,6 +21,9 @@ use crate::vmx::{exit, field};
 /// Distance of the strided pattern, in pages.
 const STRIDE: usize = 16;
 
+/// Pages of a pass that is profiled.
+const PROFILED: u32 = 2048;
+
 /// What a child is to touch, and what it cost. A child shares the payload's memory, so this is how
 /// the two talk.
 struct Work {
@@ -27,6 +31,7 @@ struct Work {
     pages: AtomicU64,
     ticks: AtomicU64,
     exits: AtomicU64,
+    profile: AtomicBool,
 }
 
 static WORK: Work = Work {
@@ -34,6 +39,7 @@ static WORK: Work = Work {
     pages: AtomicU64::new(0),
     ticks: AtomicU64::new(0),
     exits: AtomicU64::new(0),
+    profile: AtomicBool::new(false),
 };
 
 /// Touches the pages named by `order`. A write, since a read of untouched memory may be served by a
@@ -59,11 +65,24 @@ extern "C" fn touching_child() -> ! {
         let sum = order.iter().fold(0u64, |sum, &page| sum + page as u64);
         core::hint::black_box(sum);
         WORK.ticks.store(0, Relaxed);
-        let sample = meter.sample(&mut || touch_all(order));
+        let sample = pass(meter, order);
         WORK.ticks.store(sample.ticks, Relaxed);
         WORK.exits.store(sample.exits, Relaxed);
         call();
     }
+}
+
+/// One pass, counted, or between the profiler's marks.
+fn pass(meter: &Meter, order: &[u32]) -> Sample {
+    if !WORK.profile.load(Relaxed) {
+        return meter.sample(&mut || touch_all(order));
+    }
+    // SAFETY: `Meter::profile` has seen that the backdoor answers.
+    unsafe { cpu::xgetbv_known(backdoor::PROFILE_START) };
+    let sample = meter.sample(&mut || touch_all(order));
+    // SAFETY: as above.
+    unsafe { cpu::xgetbv_known(backdoor::PROFILE_STOP) };
+    sample
 }
 
 fn call() {
@@ -121,8 +140,21 @@ impl Meter {
             touch::POPULATE
         };
         control::touch(what, pages as u32);
-        let order = &self.order[..pages as usize];
-        self.sample(&mut || touch_all(order))
+        pass(self, &self.order[..pages as usize])
+    }
+
+    /// The last of a few passes, between the profiler's marks.
+    pub(super) fn touch_profiled(&mut self, op: Op) -> Result<(), VmxError> {
+        let spec = |passes| OpSpec {
+            op,
+            count: PROFILED,
+            pattern: None,
+            passes,
+        };
+        self.touch(spec(2))?;
+        WORK.profile.store(true, Relaxed);
+        self.touch(spec(1))?;
+        Ok(())
     }
 
     /// What a pass costs when nothing is missing.

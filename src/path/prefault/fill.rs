@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Filling entries of EPT02, and comparing what would be filled with what stock KVM fills.
+
+use super::{Memory, Reason, NUMBER};
+use crate::{
+    bindings,
+    kvm::{
+        ept02::{Leaf, Translation, ENTRIES, PREFETCH},
+        Vcpu,
+    },
+    path::{CounterSet, Counters},
+    policy::{
+        ept::{self, Page, Rights},
+        window::{self, Block, MAX, MIN},
+    },
+};
+use core::{
+    ops::Range,
+    sync::atomic::{AtomicBool, Ordering},
+};
+use kernel::prelude::*;
+
+/// Entries that are looked at under one hold of the lock.
+const CHUNK: usize = 64;
+/// Pages the host does not have, after which a fill gives up.
+const PATIENCE: usize = 4;
+
+const RIGHTS: Rights = Rights {
+    read: bindings::MTK_ACC_READ as u64,
+    write: bindings::MTK_ACC_WRITE as u64,
+    exec: bindings::MTK_ACC_EXEC as u64,
+    user_exec: bindings::MTK_ACC_USER_EXEC as u64,
+};
+
+/// What became of a fill.
+#[derive(Default)]
+struct Outcome {
+    /// Index of the entry that L2 waits for.
+    aim: Option<usize>,
+    /// It was filled.
+    hit: bool,
+    /// Entries that were filled.
+    filled: usize,
+    /// Runs of pages that the host did not have.
+    missed: usize,
+    /// Why it ended early.
+    reason: Option<Reason>,
+}
+
+/// The page that stock would put where EPT12 has `entry`.
+fn page(vcpu: Vcpu, leaf: &Leaf<'_>, entry: u64) -> Option<Page> {
+    ept::page(entry, vcpu.reserved_gpa_bits(), leaf.granted(), &RIGHTS)
+}
+
+/// Fills empty entries of a chunk, `range` of the table's, under the lock.
+fn fill_chunk(vcpu: Vcpu, gpa: u64, range: Range<usize>, out: &mut Outcome) {
+    let lock = vcpu.lock_mmu();
+    if lock.is_invalidating() {
+        out.reason = Some(Reason::Busy);
+        return;
+    }
+    let Some(leaf) = lock.leaf(gpa) else {
+        out.reason = Some(Reason::NoTable);
+        return;
+    };
+    let first = range.start / CHUNK * CHUNK;
+    let mut entries = [0u64; CHUNK];
+    if !leaf.read_ept12(first, &mut entries) {
+        out.reason = Some(Reason::NotMapped);
+        return;
+    }
+    let wanted = |index: usize| {
+        let entry = *entries.get(index.checked_sub(first)?)?;
+        (index < range.end && leaf.is_empty(index))
+            .then(|| page(vcpu, &leaf, entry))
+            .flatten()
+    };
+    let mut at = range.start;
+    while at < range.end {
+        let Some(to) = wanted(at) else {
+            at += 1;
+            continue;
+        };
+        let follows = |n: &usize| {
+            let next = Page {
+                gfn: to.gfn.wrapping_add(*n as u64),
+                ..to
+            };
+            wanted(at + n) == Some(next)
+        };
+        let run = 1 + (1..PREFETCH).take_while(follows).count();
+        if vcpu.spare_rmap_entries() < run {
+            out.reason = Some(Reason::NoMemory);
+            return;
+        }
+        let to = Translation {
+            gfn: to.gfn,
+            access: to.access,
+        };
+        leaf.prefetch(at, run, to);
+        let done = (at..at + run).take_while(|&i| leaf.is_present(i)).count();
+        out.filled += done;
+        out.hit |= out.aim.is_some_and(|aim| (at..at + done).contains(&aim));
+        if done < run {
+            out.missed += 1;
+            if out.missed >= PATIENCE {
+                out.reason = Some(Reason::NotBacked);
+                return;
+            }
+        }
+        // Past the page that the host does not have.
+        at += done + usize::from(done < run);
+    }
+}
+
+/// Fills the empty entries of a block. May sleep.
+fn fill(vcpu: Vcpu, block: &Block, aim: Option<usize>) -> Outcome {
+    let mut out = Outcome {
+        aim,
+        ..Outcome::default()
+    };
+    let gpa = block.first << 12;
+    let start = window::index(block.first);
+    let end = (start + usize::from(block.count)).min(ENTRIES);
+    let mut at = start;
+    while at < end && out.reason.is_none() {
+        // Stock makes sure of as many before each fault; a chunk may need more than are left.
+        if vcpu.spare_rmap_entries() < CHUNK.min(end - at) && !vcpu.refill_mmu_caches() {
+            out.reason = Some(Reason::NoMemory);
+            break;
+        }
+        let stop = ((at / CHUNK + 1) * CHUNK).min(end);
+        fill_chunk(vcpu, gpa, at..stop, &mut out);
+        at = stop;
+    }
+    out
+}
+
+/// How much of a block was used: accessed pages, present pages. `None` if its table is gone.
+fn used(vcpu: Vcpu, block: &Block) -> Option<(u16, u16)> {
+    let lock = vcpu.lock_mmu();
+    let leaf = lock.leaf(block.first << 12)?;
+    let start = window::index(block.first);
+    let (mut used, mut present) = (0, 0);
+    for index in start..(start + usize::from(block.count)).min(ENTRIES) {
+        present += u16::from(leaf.is_present(index));
+        used += u16::from(leaf.is_accessed(index));
+    }
+    Some((used, present))
+}
+
+fn count(counters: &Counters, out: &Outcome) {
+    match out.reason {
+        Some(reason) => counters.fall_back(reason as usize),
+        None if out.filled == 0 => counters.fall_back(Reason::NotMapped as usize),
+        None => {}
+    }
+    if out.filled > 0 {
+        counters.taken.bump();
+    }
+}
+
+/// L0 has served a fault of L2 at `gpa` with a page of 4 KiB: fills around it. May sleep.
+pub(super) fn around(vcpu: Vcpu, memory: &mut Memory, counters: &CounterSet, gpa: u64) {
+    let counters = counters.path::<NUMBER>();
+    if vcpu.in_smm() {
+        counters.fall_back(Reason::Unusual as usize);
+        return;
+    }
+    let (block, due) = memory.window.fault(gpa >> 12, MAX);
+    if due.count != 0 {
+        if let Some((used, present)) = used(vcpu, &due) {
+            memory.window.judge(used, present, MAX);
+        }
+    }
+    if block.count > 1 << MIN {
+        count(counters, &fill(vcpu, &block, None));
+    }
+}
+
+/// L1 has resumed L2, which waits for the page at `gpa`. May sleep.
+pub(super) fn awaited(vcpu: Vcpu, memory: &mut Memory, set: &CounterSet, gpa: u64) {
+    let counters = set.path::<NUMBER>();
+    if vcpu.in_smm() {
+        counters.fall_back(Reason::Unusual as usize);
+        return;
+    }
+    let page = gpa >> 12;
+    let near = Block {
+        first: page & !(PREFETCH as u64 - 1),
+        count: PREFETCH as u16,
+    };
+    let out = fill(vcpu, &near, Some(window::index(page)));
+    count(counters, &out);
+    if out.hit {
+        counters.saved_exits.bump();
+    }
+    // More than the one page: L1 maps ahead, too.
+    if out.filled > PREFETCH / 2 {
+        around(vcpu, memory, set, gpa);
+    }
+}
+
+/// Stock has served a fault at `gpa`: compares what it made of EPT12 with what this path would have.
+pub(super) fn compare(vcpu: Vcpu, counters: &CounterSet, gpa: u64) {
+    let counters = counters.path::<NUMBER>();
+    let lock = vcpu.lock_mmu();
+    let Some(leaf) = lock.leaf(gpa) else {
+        counters.fall_back(Reason::NoTable as usize);
+        return;
+    };
+    let aim = window::index(gpa >> 12);
+    let first = aim & !(PREFETCH - 1);
+    let mut entries = [0u64; PREFETCH];
+    if !leaf.read_ept12(first, &mut entries) {
+        counters.fall_back(Reason::NotMapped as usize);
+        return;
+    }
+    for (index, entry) in (first..).zip(entries) {
+        // What KVM does not watch may have changed since, unless it is new and nobody else could change it.
+        let fresh = !leaf.is_unsync() || index == aim && vcpu.is_alone();
+        if !leaf.is_present(index) || !fresh {
+            continue;
+        }
+        counters.checked.bump();
+        let stock = leaf.translation(index);
+        let same = |page: Page| page.gfn == stock.gfn && page.access == stock.access;
+        // What cannot be read through is left to stock, so that there is nothing to compare.
+        let judged = entry & 1 != 0;
+        if judged && !page(vcpu, &leaf, entry).is_some_and(same) {
+            report(counters, entry, stock);
+        }
+    }
+}
+
+static REPORTED: AtomicBool = AtomicBool::new(false);
+
+#[cold]
+fn report(counters: &Counters, entry: u64, stock: Translation) {
+    counters.mismatches.bump();
+    if !REPORTED.swap(true, Ordering::Relaxed) {
+        let (gfn, access) = (stock.gfn, stock.access);
+        pr_warn!(
+            "prefault: stock makes frame {gfn:#x} with rights {access:#x} of EPT12's {entry:#x}\n"
+        );
+    }
+}

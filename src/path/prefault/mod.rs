@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: GPL-2.0
+//! EPT02 is filled before L2 faults on it.
+//!
+//! Two occasions. After L0 has served an EPT violation of L2, entries around the one that was missing are filled as
+//! well, as far as EPT12 maps them already and the host has the pages in memory (`policy::window` says how many).
+//! After L0 has reflected an EPT violation to L1, L1 maps the page and resumes L2, which would fault again: the
+//! entry is filled on that resumption.
+//!
+//! What is filled is what stock KVM would prefetch, only further away, by stock's own function and under the same rules:
+//! entries of EPT12 that were accessed before, writable only if they are dirty already, pages that the host
+//! has in memory for writing, no page whose writes are logged, nothing while addresses are being invalidated. No
+//! accessed or dirty flag of EPT12 changes. Upper levels of EPT02 are left to stock.
+//!
+//! Mode `check` fills nothing; it compares what would have been put into EPT02 with what stock KVM puts there when L2
+//! does fault.
+
+mod fill;
+
+use super::{CounterSet, Local, Path};
+use crate::{
+    bindings,
+    hook::{CallId, Continuation, HookId, InFlight, Verdict},
+    kvm::{ept02::PageFault, Vcpu},
+    policy::{mode::Mode, window::Window},
+    state,
+};
+use kernel::c_str;
+
+/// This path's number in `PATHS`.
+const NUMBER: usize = 4;
+
+pub(super) const PATH: Path = Path {
+    name: c_str!("prefault"),
+    about: c_str!("EPT02 is filled before L2 faults on it"),
+    hooks: &[HookId::EPT_PAGE_FAULT, HookId::NESTED_RUN],
+    calls: &[
+        CallId::READ_GUEST_ATOMIC,
+        CallId::TOPUP_MMU_CACHES,
+        CallId::PREFETCH_SPTES,
+    ],
+    drain: None,
+    drain_hooks: &[],
+    reasons: &[
+        "no_memory",
+        "no_table",
+        "not_mapped",
+        "not_backed",
+        "busy",
+        "unusual",
+    ],
+};
+
+/// Why a fault, or the resumption after one, was left to the stock code; names in `PATH.reasons`.
+#[derive(Clone, Copy)]
+enum Reason {
+    /// No memory for the vCPU's state, or for the reverse map.
+    NoMemory,
+    /// EPT02 has no table there yet, or a large page, or one whose accessed flags are off.
+    NoTable,
+    /// EPT12 does not map the page (any more), or in a way that is stock's.
+    NotMapped,
+    /// The host does not have the page in memory, not for writing, or its writes are logged.
+    NotBacked,
+    /// Addresses are being invalidated.
+    Busy,
+    /// System-management mode, another guest than the one that faulted.
+    Unusual,
+}
+
+/// What the path remembers about a vCPU.
+pub(crate) struct Memory {
+    window: Window,
+    /// The page of the fault that L1 was told of last, and the root of EPT12 that it was on; (0, 0) for none.
+    awaited: (u64, u64),
+}
+
+impl Memory {
+    /// Nothing yet.
+    pub(crate) const NEW: Memory = Memory {
+        window: Window::new(),
+        awaited: (0, 0),
+    };
+}
+
+/// The path's mode, see `mode_unless_patched`.
+#[inline(always)]
+fn mode() -> Mode {
+    super::mode_unless_patched(NUMBER, &PATH)
+}
+
+/// Handler of ept_page_fault(): an EPT violation of L2, or of an access to its memory by KVM itself.
+#[no_mangle]
+extern "C" fn mtk_on_ept_page_fault(
+    raw: *mut bindings::kvm_vcpu,
+    fault: *mut bindings::kvm_page_fault,
+    cont: Continuation,
+) -> Verdict {
+    if mode() == Mode::Off {
+        return Verdict::STOCK;
+    }
+    let section = InFlight::enter(HookId::EPT_PAGE_FAULT);
+    // SAFETY: The hooked function's own argument.
+    let vcpu = unsafe { Vcpu::from_hook(raw) };
+    let root = vcpu.ept12_root();
+    // SAFETY: This handler's continuation and the hooked function's own arguments.
+    let value = unsafe { section.call_stock(cont, [vcpu.key(), fault as usize, 0]) };
+    let verdict = Verdict::handled(value);
+    // SAFETY: The handler has just run, and its caller owns the structure.
+    let fault = unsafe { PageFault::from_hook(fault) };
+    if root == 0 || fault.prefetch {
+        return verdict;
+    }
+    if !state::ensure(vcpu, &section) {
+        super::count_stateless(NUMBER, Reason::NoMemory as usize);
+        return verdict;
+    }
+    if !vcpu.guest_mode() {
+        // Reflected: stock has gone over to L1.
+        state::with(vcpu, |local, _| {
+            local.prefault.awaited = (fault.gpa & !0xfff, root);
+        });
+        return verdict;
+    }
+    let fixed = value as i32 == bindings::MTK_RET_PF_FIXED as i32;
+    if !fixed || fault.level != 1 {
+        return verdict;
+    }
+    state::with(vcpu, |local, counters| match mode() {
+        Mode::On => fill::around(vcpu, &mut local.prefault, counters, fault.gpa),
+        Mode::Check => fill::compare(vcpu, counters, fault.gpa),
+        Mode::Off => {}
+    });
+    verdict
+}
+
+/// L1 has resumed or launched L2, and KVM has prepared it; may sleep.
+pub(super) fn resumed(vcpu: Vcpu, local: &mut Local, counters: &CounterSet) {
+    let (gpa, root) = core::mem::take(&mut local.prefault.awaited);
+    if root == 0 || !vcpu.guest_mode() || mode() != Mode::On {
+        return;
+    }
+    if vcpu.ept12_root() != root {
+        counters
+            .path::<NUMBER>()
+            .fall_back(Reason::Unusual as usize);
+        return;
+    }
+    fill::awaited(vcpu, &mut local.prefault, counters, gpa);
+}
+
+/// Whether `resumed` has something to do.
+pub(super) fn is_awaiting(local: &Local) -> bool {
+    local.prefault.awaited.1 != 0
+}

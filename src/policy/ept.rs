@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What an entry of EPT12 for a page of 4 KiB lets EPT02 have (SDM volume 3, 30.3.2 and table 30-7).
+
+/// Bits of an entry.
+const READ: u64 = 1 << 0;
+const WRITE: u64 = 1 << 1;
+const EXEC: u64 = 1 << 2;
+const ACCESSED: u64 = 1 << 8;
+const DIRTY: u64 = 1 << 9;
+const USER_EXEC: u64 = 1 << 10;
+const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+
+/// The numbers that KVM has for rights (`ACC_…_MASK`).
+#[derive(Clone, Copy, Debug)]
+pub struct Rights {
+    /// Data may be read.
+    pub read: u64,
+    /// Data may be written.
+    pub write: u64,
+    /// Code may be run; with mode-based execute control, a supervisor's.
+    pub exec: u64,
+    /// A user's code may be run, with mode-based execute control.
+    pub user_exec: u64,
+}
+
+/// A page that EPT02 may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Page {
+    /// Page frame in L1's memory.
+    pub gfn: u64,
+    /// Rights, in KVM's numbers.
+    pub access: u64,
+}
+
+/// The page that stock KVM would put into EPT02 for `entry` ahead of any access, in a table whose upper levels grant
+/// `granted`, with accessed and dirty flags on. `reserved`: address bits that the guest's processor does not have.
+///
+/// `None` where stock would map nothing, and for an entry that cannot be read through, which is left to stock. As in
+/// `ept_prefetch_gpte()`: an entry that was never accessed stays out, one that is not dirty is not writable.
+#[inline]
+pub fn page(entry: u64, reserved: u64, granted: u64, rights: &Rights) -> Option<Page> {
+    // Memory types 2, 3 and 7 are EPT misconfigurations, and so would be writable without readable.
+    let memory_type = entry >> 3 & 7;
+    if entry & READ == 0
+        || entry & ACCESSED == 0
+        || matches!(memory_type, 2 | 3 | 7)
+        || entry & ADDRESS & reserved != 0
+    {
+        return None;
+    }
+    let right = |bit: u64, number: u64| if entry & bit != 0 { number } else { 0 };
+    let mut access = rights.read
+        | right(WRITE, rights.write)
+        | right(EXEC, rights.exec)
+        | right(USER_EXEC, rights.user_exec);
+    if entry & DIRTY == 0 {
+        access &= !rights.write;
+    }
+    Some(Page {
+        gfn: (entry & ADDRESS) >> 12,
+        access: access & granted,
+    })
+}

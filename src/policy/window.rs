@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: GPL-2.0
+//! How many entries around a fault are filled along with it.
+//!
+//! A fill is an aligned block of a last-level table, between [`MIN`] entries, which is what stock KVM does itself, and
+//! a whole table. Faults that follow on the last block, upwards or downwards, double it. Some fills later a block is
+//! judged by how much of it was used: little use halves the window, much use doubles it. An exit costs as much
+//! as filling some twenty entries, so that little means less than one in sixteen.
+
+/// Entries in a table.
+const TABLE: u64 = 512;
+/// Fills between a fill and its judgement.
+pub const DELAY: usize = 8;
+/// Base-2 logarithm of the smallest window, 8 entries.
+pub const MIN: u8 = 3;
+/// Of the largest.
+pub const MAX: u8 = 9;
+/// Of that of a new vCPU.
+const START: u8 = 4;
+
+/// Pages that lie side by side in one table.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Block {
+    /// First page: guest-physical address in L2, shifted by 12.
+    pub first: u64,
+    /// How many; 0 for none.
+    pub count: u16,
+}
+
+impl Block {
+    /// The page after the last.
+    fn end(&self) -> u64 {
+        self.first.wrapping_add(u64::from(self.count))
+    }
+}
+
+/// The window of one vCPU.
+#[derive(Debug)]
+pub struct Window {
+    log2: u8,
+    last: Block,
+    fills: [Block; DELAY],
+    next: u8,
+}
+
+impl Default for Window {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Window {
+    /// For a vCPU of which nothing is known.
+    pub const fn new() -> Self {
+        const NONE: Block = Block { first: 0, count: 0 };
+        Self {
+            log2: START,
+            last: NONE,
+            fills: [NONE; DELAY],
+            next: 0,
+        }
+    }
+
+    /// Entries that the next fill has at most.
+    pub fn size(&self) -> u16 {
+        1 << self.log2
+    }
+
+    fn grow(&mut self, limit: u8) {
+        if self.log2 < limit.min(MAX) {
+            self.log2 += 1;
+        }
+    }
+
+    /// L2 has faulted on `page`: the block to fill, which has the page in it, and the block whose judgement is due
+    /// (`count` 0 for none). `limit`: base-2 logarithm of the largest window that is allowed.
+    ///
+    /// The block has [`MIN`] entries if nothing is to be filled beyond what stock KVM does.
+    pub fn fault(&mut self, page: u64, limit: u8) -> (Block, Block) {
+        let upwards = page == self.last.end();
+        let downwards = page.wrapping_add(1) == self.last.first;
+        if self.last.count != 0 && (upwards || downwards) {
+            self.grow(limit);
+        }
+        self.log2 = self.log2.clamp(MIN, limit.clamp(MIN, MAX));
+        let size = u64::from(self.size());
+        let block = Block {
+            first: page & !(size - 1),
+            count: self.size(),
+        };
+        self.last = block;
+        let mut due = Block::default();
+        if self.log2 > MIN {
+            if let Some(slot) = self.fills.get_mut(usize::from(self.next) % DELAY) {
+                due = core::mem::replace(slot, block);
+            }
+            self.next = self.next.wrapping_add(1);
+        }
+        (block, due)
+    }
+
+    /// `used` of the `present` pages of a block have been accessed since.
+    pub fn judge(&mut self, used: u16, present: u16, limit: u8) {
+        let (used, present) = (u32::from(used), u32::from(present));
+        if used * 16 < present {
+            self.log2 = self.log2.saturating_sub(1).max(MIN);
+        } else if used * 2 >= present && present > 0 {
+            self.grow(limit);
+        }
+    }
+}
+
+/// Where a page is in its table.
+#[inline]
+pub fn index(page: u64) -> usize {
+    (page % TABLE) as usize
+}
