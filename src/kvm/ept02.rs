@@ -6,7 +6,7 @@
 
 use super::{guest_memory::PAGE, vcpu::read, vmx, Vcpu};
 use crate::{bindings, hook::CallId};
-use core::marker::PhantomData;
+use core::{marker::PhantomData, mem::MaybeUninit, ops::Range};
 
 /// Entries in a table.
 pub(crate) const ENTRIES: usize = 512;
@@ -272,19 +272,29 @@ impl Leaf<'_> {
         }
     }
 
-    /// Reads entries of the table of EPT12 from `first` on, without sleeping; `false` if they cannot be read now.
-    pub(crate) fn read_ept12<const N: usize>(&self, first: usize, to: &mut [u64; N]) -> bool {
-        const { assert!(N <= ENTRIES) };
-        let first = first.min(ENTRIES - N);
+    /// Reads the entries of the table of EPT12 that are in `range`, at most `N`, without sleeping; `None` if they cannot
+    /// be read now.
+    #[inline(always)]
+    pub(crate) fn read_ept12<'b, const N: usize>(
+        &self,
+        range: Range<usize>,
+        buffer: &'b mut [MaybeUninit<u64>; N],
+    ) -> Option<&'b [u64]> {
+        let count = range.len();
+        if count > N || range.end > ENTRIES {
+            return None;
+        }
         let args = [
             self.vcpu.key(),
-            self.table as usize + first * 8,
-            to.as_mut_ptr() as usize,
-            N * 8,
+            self.table as usize + range.start * 8,
+            buffer.as_mut_ptr() as usize,
+            count * 8,
         ];
-        // SAFETY: As KVM's ept_gpte_changed() calls it; `to` has room for as much, and the page is not left.
-        let ret = unsafe { CallId::READ_GUEST_ATOMIC.call(args) };
-        ret.is_some_and(|r| r as i32 == 0)
+        // SAFETY: As KVM's ept_gpte_changed() calls it; the buffer has room for as much, and the page is not left.
+        let ret = unsafe { CallId::READ_GUEST_ATOMIC.call(args) }?;
+        // SAFETY: 0 says that `count` entries were written, of which any value is one.
+        (ret as i32 == 0)
+            .then(|| unsafe { core::slice::from_raw_parts(buffer.as_ptr().cast::<u64>(), count) })
     }
 
     /// `kvm_mmu_prefetch_sptes()`: maps the pages from `gfn` of L1's memory at `index` and after, as many as the host

@@ -15,6 +15,7 @@ use crate::{
     },
 };
 use core::{
+    mem::MaybeUninit,
     ops::Range,
     sync::atomic::{AtomicBool, Ordering},
 };
@@ -47,12 +48,56 @@ struct Outcome {
     reason: Option<Reason>,
 }
 
-/// The page that stock would put where EPT12 has `entry`.
-fn page(vcpu: Vcpu, leaf: &Leaf<'_>, entry: u64) -> Option<Page> {
-    ept::page(entry, vcpu.reserved_gpa_bits(), leaf.granted(), &RIGHTS)
+/// Entries side by side that follow each other in L1's memory, too, with the same rights.
+#[derive(Clone, Copy)]
+struct Run {
+    at: usize,
+    count: usize,
+    to: Page,
 }
 
-/// Fills empty entries of a chunk, `range` of the table's, under the lock.
+impl Run {
+    /// Whether `page` at `index` goes on with the run.
+    #[inline(always)]
+    fn is_followed_by(&self, index: usize, page: Page) -> bool {
+        let gfn = self.to.gfn.wrapping_add(self.count as u64);
+        self.count < PREFETCH && index == self.at + self.count && page == Page { gfn, ..self.to }
+    }
+
+    /// Has KVM map the run, under the lock. Leaves out pages that the host does not have.
+    fn fill(mut self, vcpu: Vcpu, leaf: &Leaf<'_>, out: &mut Outcome) {
+        while self.count != 0 && out.reason.is_none() {
+            if vcpu.spare_rmap_entries() < self.count {
+                out.reason = Some(Reason::NoMemory);
+                return;
+            }
+            let to = Translation {
+                gfn: self.to.gfn,
+                access: self.to.access,
+            };
+            leaf.prefetch(self.at, self.count, to);
+            let range = self.at..self.at + self.count;
+            let done = range.clone().take_while(|&i| leaf.is_present(i)).count();
+            out.filled += done;
+            out.hit |= out
+                .aim
+                .is_some_and(|aim| (range.start..range.start + done).contains(&aim));
+            if done == self.count {
+                return;
+            }
+            out.missed += 1;
+            if out.missed >= PATIENCE {
+                out.reason = Some(Reason::NotBacked);
+            }
+            // Past the page that the host does not have.
+            self.at += done + 1;
+            self.count -= done + 1;
+            self.to.gfn = self.to.gfn.wrapping_add(done as u64 + 1);
+        }
+    }
+}
+
+/// Fills empty entries of the range, at most [`CHUNK`], under one hold of the lock.
 fn fill_chunk(vcpu: Vcpu, gpa: u64, range: Range<usize>, out: &mut Outcome) {
     let lock = vcpu.lock_mmu();
     if lock.is_invalidating() {
@@ -63,53 +108,35 @@ fn fill_chunk(vcpu: Vcpu, gpa: u64, range: Range<usize>, out: &mut Outcome) {
         out.reason = Some(Reason::NoTable);
         return;
     };
-    let first = range.start / CHUNK * CHUNK;
-    let mut entries = [0u64; CHUNK];
-    if !leaf.read_ept12(first, &mut entries) {
+    let mut buffer = [MaybeUninit::uninit(); CHUNK];
+    let Some(entries) = leaf.read_ept12(range.clone(), &mut buffer) else {
         out.reason = Some(Reason::NotMapped);
         return;
-    }
-    let wanted = |index: usize| {
-        let entry = *entries.get(index.checked_sub(first)?)?;
-        (index < range.end && leaf.is_empty(index))
-            .then(|| page(vcpu, &leaf, entry))
-            .flatten()
     };
-    let mut at = range.start;
-    while at < range.end {
-        let Some(to) = wanted(at) else {
-            at += 1;
+    let (granted, reserved) = (leaf.granted(), vcpu.reserved_gpa_bits());
+    let mut run: Option<Run> = None;
+    for (index, &entry) in range.zip(entries) {
+        let Some(to) =
+            ept::page(entry, reserved, granted, &RIGHTS).filter(|_| leaf.is_empty(index))
+        else {
             continue;
         };
-        let follows = |n: &usize| {
-            let next = Page {
-                gfn: to.gfn.wrapping_add(*n as u64),
-                ..to
-            };
-            wanted(at + n) == Some(next)
-        };
-        let run = 1 + (1..PREFETCH).take_while(follows).count();
-        if vcpu.spare_rmap_entries() < run {
-            out.reason = Some(Reason::NoMemory);
-            return;
-        }
-        let to = Translation {
-            gfn: to.gfn,
-            access: to.access,
-        };
-        leaf.prefetch(at, run, to);
-        let done = (at..at + run).take_while(|&i| leaf.is_present(i)).count();
-        out.filled += done;
-        out.hit |= out.aim.is_some_and(|aim| (at..at + done).contains(&aim));
-        if done < run {
-            out.missed += 1;
-            if out.missed >= PATIENCE {
-                out.reason = Some(Reason::NotBacked);
-                return;
+        match &mut run {
+            Some(r) if r.is_followed_by(index, to) => r.count += 1,
+            _ => {
+                let new = Run {
+                    at: index,
+                    count: 1,
+                    to,
+                };
+                if let Some(full) = run.replace(new) {
+                    full.fill(vcpu, &leaf, out);
+                }
             }
         }
-        // Past the page that the host does not have.
-        at += done + usize::from(done < run);
+    }
+    if let Some(last) = run {
+        last.fill(vcpu, &leaf, out);
     }
 }
 
@@ -211,12 +238,12 @@ pub(super) fn compare(vcpu: Vcpu, counters: &CounterSet, gpa: u64) {
     };
     let aim = window::index(gpa >> 12);
     let first = aim & !(PREFETCH - 1);
-    let mut entries = [0u64; PREFETCH];
-    if !leaf.read_ept12(first, &mut entries) {
+    let mut buffer = [MaybeUninit::uninit(); PREFETCH];
+    let Some(entries) = leaf.read_ept12(first..first + PREFETCH, &mut buffer) else {
         counters.fall_back(Reason::NotMapped as usize);
         return;
-    }
-    for (index, entry) in (first..).zip(entries) {
+    };
+    for (index, &entry) in (first..).zip(entries) {
         // What KVM does not watch may have changed since, unless it is new and nobody else could change it.
         let fresh = !leaf.is_unsync() || index == aim && vcpu.is_alone();
         if !leaf.is_present(index) || !fresh {
@@ -227,7 +254,8 @@ pub(super) fn compare(vcpu: Vcpu, counters: &CounterSet, gpa: u64) {
         let same = |page: Page| page.gfn == stock.gfn && page.access == stock.access;
         // What cannot be read through is left to stock, so that there is nothing to compare.
         let judged = entry & 1 != 0;
-        if judged && !page(vcpu, &leaf, entry).is_some_and(same) {
+        let ours = ept::page(entry, vcpu.reserved_gpa_bits(), leaf.granted(), &RIGHTS);
+        if judged && !ours.is_some_and(same) {
             report(counters, entry, stock);
         }
     }
