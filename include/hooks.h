@@ -34,7 +34,8 @@
 	HOOK(nested_run, kvm_intel, nested_vmx_run, 2)			\
 	HOOK(sync_vmcs02, kvm_intel, sync_vmcs02_to_vmcs12, 2)		\
 	HOOK(enter_guest, kvm_intel, vmx_prepare_switch_to_guest, 1)	\
-	HOOK(ept_page_fault, kvm, ept_page_fault, 2)
+	HOOK(ept_page_fault, kvm, ept_page_fault, 2)			\
+	HOOK(tdp_page_fault, kvm, kvm_tdp_page_fault, 2)
 
 /*
  * KVM functions that Matryoshka calls: CALL(id, module, symbol, nargs), with the same checks, up to 5
@@ -57,4 +58,5 @@
 	CALL(write_guest_page, kvm, kvm_write_guest_page, 5)		\
 	CALL(read_guest_atomic, kvm, kvm_vcpu_read_guest_atomic, 4)	\
 	CALL(topup_mmu_caches, kvm, mmu_topup_memory_caches, 2)		\
-	CALL(prefetch_sptes, kvm, kvm_mmu_prefetch_sptes, 5)
+	CALL(prefetch_sptes, kvm, kvm_mmu_prefetch_sptes, 5)		\
+	CALL(tdp_page_fault, kvm, kvm_tdp_page_fault, 2)

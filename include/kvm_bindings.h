@@ -11,6 +11,7 @@
 #include <linux/gfp.h>
 #include <linux/kobject.h>
 #include <linux/kprobes.h>
+#include <linux/mm.h>
 #include <linux/mm_types.h>
 #include <linux/module.h>
 #include <linux/mutex.h>
@@ -35,7 +36,10 @@ enum {
 	MTK_GFP_ZEROED = GFP_KERNEL_ACCOUNT | __GFP_ZERO | __GFP_NOWARN,
 	MTK_MMU_ROOTS_ALL = KVM_MMU_ROOTS_ALL,
 	MTK_VMCS12_REVISION = VMCS12_REVISION,
+	MTK_FOLL_WRITE = FOLL_WRITE,
+	MTK_RET_PF_EMULATE = RET_PF_EMULATE,
 	MTK_RET_PF_FIXED = RET_PF_FIXED,
+	MTK_RET_PF_SPURIOUS = RET_PF_SPURIOUS,
 	MTK_ACC_READ = ACC_READ_MASK,
 	MTK_ACC_WRITE = ACC_WRITE_MASK,
 	MTK_ACC_EXEC = ACC_EXEC_MASK,

@@ -7,7 +7,7 @@ use crate::{
     bindings,
     hook::{self, AttachError, Attached, Function, HookId},
     layout,
-    path::{self, checks, exits},
+    path::{self, checks, direct, exits},
     policy::mode::Mode,
     state,
 };
@@ -232,6 +232,7 @@ impl Control {
                 }
                 self.target = Target::Ready(prototypes);
                 checks::prepare();
+                direct::prepare();
             }
             Err(mismatch) => self.target = Target::Refused(mismatch),
         }

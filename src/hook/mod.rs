@@ -90,6 +90,7 @@ call_ids! {
     READ_GUEST_ATOMIC = mtk_call_id_MTK_CALL_read_guest_atomic;
     TOPUP_MMU_CACHES = mtk_call_id_MTK_CALL_topup_mmu_caches;
     PREFETCH_SPTES = mtk_call_id_MTK_CALL_prefetch_sptes;
+    TDP_PAGE_FAULT = mtk_call_id_MTK_CALL_tdp_page_fault;
 }
 
 static CALL_ADDRESSES: [AtomicUsize; CALLS] = [const { AtomicUsize::new(0) }; CALLS];
@@ -169,6 +170,7 @@ hook_ids! {
     SYNC_VMCS02 = mtk_hook_id_MTK_HOOK_sync_vmcs02;
     ENTER_GUEST = mtk_hook_id_MTK_HOOK_enter_guest;
     EPT_PAGE_FAULT = mtk_hook_id_MTK_HOOK_ept_page_fault;
+    TDP_PAGE_FAULT = mtk_hook_id_MTK_HOOK_tdp_page_fault;
 }
 
 impl HookId {

@@ -195,7 +195,7 @@ impl MmuLock {
 }
 
 /// `to_shadow_page()`: what KVM keeps about the page of entries at this physical address.
-fn shadow_page(table: u64) -> *mut bindings::kvm_mmu_page {
+pub(super) fn shadow_page(table: u64) -> *mut bindings::kvm_mmu_page {
     let number = (table >> PAGE_SHIFT) as usize;
     // SAFETY: Set early in boot and constant since; the page is KVM's and so has a `struct page`.
     unsafe {

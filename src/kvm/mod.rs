@@ -6,6 +6,7 @@ pub(crate) mod fields;
 pub(crate) mod guest_memory;
 pub(crate) mod nested;
 pub(crate) mod shadow_page;
+pub(crate) mod tdp;
 pub(crate) mod thread;
 pub(crate) mod vcpu;
 pub(crate) mod vmcs02;

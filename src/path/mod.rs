@@ -6,6 +6,7 @@
 //! `control` attaches and detaches, `sysfs` shows it.
 
 pub(crate) mod checks;
+pub(crate) mod direct;
 mod drain;
 mod entry;
 pub(crate) mod exits;
@@ -59,6 +60,7 @@ pub(crate) static PATHS: &[Path] = &[
     vmptrld::PATH,
     l2fields::PATH,
     prefault::PATH,
+    direct::PATH,
 ];
 
 /// Hooks that keep per-vCPU state honest; attached whenever any path is not off, before the path's
@@ -261,6 +263,7 @@ pub(crate) struct Local {
     pub(crate) regions: vmptrld::Regions,
     pub(crate) l2fields: l2fields::Memory,
     pub(crate) prefault: prefault::Memory,
+    pub(crate) direct: direct::Memory,
 }
 
 impl Local {
@@ -271,6 +274,7 @@ impl Local {
         regions: vmptrld::Regions::NEW,
         l2fields: l2fields::Memory::NEW,
         prefault: prefault::Memory::NEW,
+        direct: direct::Memory::NEW,
     };
 
     /// Forgets everything that was concluded from the vCPU's configuration.

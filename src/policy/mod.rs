@@ -2,6 +2,7 @@
 //! Pure decisions: no kernel types, no allocation, no unsafe. The host builds this same directory
 //! (`rust/policy`) for unit, property and fuzz tests.
 
+pub mod ahead;
 pub mod btf;
 pub mod ept;
 pub mod learn;

@@ -10,6 +10,8 @@
 const TABLE: u64 = 512;
 /// Fills between a fill and its judgement.
 pub const DELAY: usize = 8;
+/// Widest gap between the last block and a fault that follows on it, in pages.
+const NEAR: u64 = 32;
 /// Base-2 logarithm of the smallest window, 8 entries.
 pub const MIN: u8 = 3;
 /// Of the largest.
@@ -76,8 +78,8 @@ impl Window {
     ///
     /// The block has [`MIN`] entries if nothing is to be filled beyond what stock KVM does.
     pub fn fault(&mut self, page: u64, limit: u8) -> (Block, Block) {
-        let upwards = page == self.last.end();
-        let downwards = page.wrapping_add(1) == self.last.first;
+        let upwards = page.wrapping_sub(self.last.end()) < NEAR;
+        let downwards = self.last.first.wrapping_sub(1).wrapping_sub(page) < NEAR;
         if self.last.count != 0 && (upwards || downwards) {
             self.grow(limit);
         }

@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The table that KVM itself makes for a guest, its TDP MMU, and faults on it.
+
+use super::{
+    ept02::{shadow_page, ADDRESS, ENTRIES},
+    vcpu::read,
+    vmx, Vcpu,
+};
+use crate::{bindings, hook::CallId};
+use core::sync::atomic::{AtomicU64, Ordering};
+use kernel::sync::rcu;
+
+/// Bit 8 of an entry, accessed (SDM volume 3, 30.3.5).
+const ACCESSED: u64 = 1 << 8;
+/// FOLL_WRITE of the kernel's get_user_pages().
+const FOLL_WRITE: u32 = bindings::MTK_FOLL_WRITE;
+
+/// A copy of `struct kvm_page_fault`, as kvm_tdp_page_fault() gets it, to ask for other pages in the same way.
+pub(crate) struct Fault(bindings::kvm_page_fault);
+
+impl Fault {
+    /// # Safety
+    ///
+    /// `ptr` is the argument of kvm_tdp_page_fault(), which is yet to run.
+    pub(crate) unsafe fn copy(ptr: *const bindings::kvm_page_fault) -> Self {
+        // SAFETY: By this function's contract; plain data.
+        Self(unsafe { ptr.read() })
+    }
+
+    /// Guest-physical address, shifted by 12.
+    pub(crate) fn page(&self) -> u64 {
+        self.0.gfn
+    }
+
+    /// An access to a page that is not there at all, of ordinary memory: in a slot without any flag (no logging of
+    /// writes, not read-only, no memory file of the guest's own).
+    pub(crate) fn is_plain(&self) -> bool {
+        // SAFETY: KVM's own pointer to a slot, alive under KVM's SRCU lock, which the caller of the handler holds.
+        let slot = unsafe { self.0.slot.as_ref() };
+        !self.0.prefetch
+            && !self.0.present
+            && !self.0.rsvd
+            && !self.0.is_private
+            && slot.is_some_and(|slot| slot.flags == 0)
+    }
+
+    /// How many of `count` pages after the fault's the host has in memory for writing, from the first on, as far
+    /// as the slot goes. Does not sleep.
+    pub(crate) fn backed(&self, count: usize) -> usize {
+        const MOST: usize = 16;
+        // SAFETY: As in `is_plain`.
+        let Some(slot) = (unsafe { self.0.slot.as_ref() }) else {
+            return 0;
+        };
+        let offset = self.0.gfn.wrapping_sub(slot.base_gfn).wrapping_add(1);
+        let left = (slot.npages as u64).saturating_sub(offset);
+        let count = (count as u64).min(left) as usize;
+        let mut found = 0;
+        while found < count {
+            let mut pages = [core::ptr::null_mut(); MOST];
+            let ask = (count - found).min(MOST);
+            let address = slot
+                .userspace_addr
+                .wrapping_add(((offset as usize).wrapping_add(found) << 12) as _);
+            // SAFETY: The address is checked by the function; the array has room for as many.
+            let got = unsafe {
+                bindings::get_user_pages_fast_only(
+                    address as _,
+                    ask as i32,
+                    FOLL_WRITE,
+                    pages.as_mut_ptr(),
+                )
+            };
+            let got = usize::try_from(got).unwrap_or(0).min(ask);
+            if got != 0 {
+                // SAFETY: These references were taken just above.
+                unsafe {
+                    bindings::release_pages(
+                        bindings::release_pages_arg {
+                            pages: pages.as_mut_ptr(),
+                        },
+                        got as i32,
+                    );
+                }
+            }
+            found += got;
+            if got < ask {
+                break;
+            }
+        }
+        found
+    }
+
+    /// Asks KVM for the page that is `distance` after the fault's, ahead of any access. Returns whether it is mapped
+    /// now. May sleep.
+    ///
+    /// # Safety
+    ///
+    /// In the handler of kvm_tdp_page_fault() that the fault is of, and the page is in the same slot.
+    pub(crate) unsafe fn ask_for(&self, vcpu: Vcpu, distance: u64) -> bool {
+        let mut fault = bindings::kvm_page_fault {
+            addr: self.0.addr.wrapping_add(distance << 12),
+            gfn: self.0.gfn.wrapping_add(distance),
+            prefetch: true,
+            ..self.0
+        };
+        // SAFETY: As KVM's own kvm_tdp_page_prefault() calls it; the copy was taken before the function changed it.
+        let ret = unsafe { CallId::TDP_PAGE_FAULT.call([vcpu.key(), (&raw mut fault) as usize]) };
+        let mapped = [
+            bindings::MTK_RET_PF_FIXED as i32,
+            bindings::MTK_RET_PF_SPURIOUS as i32,
+        ];
+        ret.is_some_and(|r| mapped.contains(&(r as i32)))
+    }
+}
+
+/// A last-level table of the TDP MMU. Entries may change under it at any time.
+///
+/// # Invariants
+///
+/// The table is alive as long as the RCU lock is held, `rcu`.
+pub(crate) struct Table<'r> {
+    _rcu: &'r rcu::Guard,
+    entries: *const AtomicU64,
+}
+
+impl Vcpu {
+    /// The last-level table for `page`; `None` if there is none or another kind of MMU is in use.
+    pub(crate) fn tdp_table<'r>(self, rcu: &'r rcu::Guard, page: u64) -> Option<Table<'r>> {
+        let mmu = read!(self, vcpu.arch.mmu);
+        // SAFETY: KVM's own pointer to one of the vCPU's MMUs.
+        let (root, role) = unsafe { ((*mmu).root.hpa, (*mmu).root_role.__bindgen_anon_1) };
+        let top = role.level();
+        if root == u64::MAX
+            || !(4..=5).contains(&top)
+            || role.direct() == 0
+            || role.ad_disabled() != 0
+        {
+            return None;
+        }
+        let sp = shadow_page(root);
+        // SAFETY: `root_to_sp()`; a root that is in use stays. The page of zeroes has none.
+        if !unsafe { sp.as_ref() }.is_some_and(|sp| sp.tdp_mmu_page) {
+            return None;
+        }
+        let mut table = root;
+        for level in (2..=top).rev() {
+            let index = (page >> (9 * (level - 1))) as usize % ENTRIES;
+            // SAFETY: `table` is a page of entries of the TDP MMU, which frees them after a grace period.
+            let entry = unsafe { entry_of(table, index).load(Ordering::Acquire) };
+            if entry & bindings::MTK_SPTE_PRESENT == 0 || entry & bindings::MTK_SPTE_HUGE != 0 {
+                return None;
+            }
+            table = entry & ADDRESS;
+        }
+        // INVARIANT: Found under the RCU lock.
+        Some(Table {
+            _rcu: rcu,
+            entries: vmx::virtual_address(table).cast(),
+        })
+    }
+}
+
+/// # Safety
+///
+/// `table` is the physical address of a page of entries that outlives `'a`; `index` is below 512.
+unsafe fn entry_of<'a>(table: u64, index: usize) -> &'a AtomicU64 {
+    // SAFETY: By this function's contract; the processor and KVM change entries atomically.
+    unsafe { &*vmx::virtual_address(table).cast::<AtomicU64>().add(index) }
+}
+
+impl Table<'_> {
+    fn entry(&self, page: u64) -> &AtomicU64 {
+        // SAFETY: By the invariants of `Table`.
+        unsafe { &*self.entries.add(page as usize % ENTRIES) }
+    }
+
+    /// Whether the guest has the page.
+    pub(crate) fn is_present(&self, page: u64) -> bool {
+        self.entry(page).load(Ordering::Relaxed) & bindings::MTK_SPTE_PRESENT != 0
+    }
+
+    /// Sets the accessed flag of a page that is there, as the processor does at any time.
+    pub(crate) fn mark_accessed(&self, page: u64) {
+        let entry = self.entry(page);
+        let old = entry.load(Ordering::Relaxed);
+        if old & bindings::MTK_SPTE_PRESENT != 0 && old & ACCESSED == 0 {
+            // If it has changed meanwhile, the flag may stay clear.
+            let _ =
+                entry.compare_exchange(old, old | ACCESSED, Ordering::Relaxed, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Whether this kernel runs on a hypervisor (CPUID.1:ECX bit 31).
+pub(crate) fn runs_on_hypervisor() -> bool {
+    // SAFETY: Every 64-bit processor has the leaf.
+    unsafe { core::arch::x86_64::__cpuid(1) }.ecx >> 31 != 0
+}

@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: GPL-2.0
+//! A guest that touches its memory in order gets the next pages along with the one that it faulted on.
+//!
+//! This is about a hypervisor's own guest, whose memory KVM maps directly. Only pages that the VMM has populated
+//! already are mapped, so no memory is spent, and only after faults that follow on one another (`policy::ahead`). KVM's own
+//! function maps them, as for KVM_PRE_FAULT_MEMORY. On bare metal a fault costs little; in a hypervisor that
+//! is a guest itself each fault passes through all levels below, and so does each of its writes to the table.
+//!
+//! There, entries are marked as accessed too: the hypervisor below shadows only entries that are, ahead of a fault.
+//!
+//! Mode `check` maps nothing and sees whether stock KVM, when the guest comes to a page that would have been mapped,
+//! maps it, too.
+
+use super::Path;
+use crate::{
+    bindings,
+    hook::{CallId, Continuation, HookId, InFlight, Verdict},
+    kvm::{
+        tdp::{runs_on_hypervisor, Fault},
+        Vcpu,
+    },
+    policy::{ahead::Ahead, mode::Mode},
+    state,
+};
+use core::sync::atomic::{AtomicBool, Ordering};
+use kernel::{c_str, prelude::*, sync::rcu};
+
+/// This path's number in `PATHS`.
+const NUMBER: usize = 5;
+
+pub(super) const PATH: Path = Path {
+    name: c_str!("direct"),
+    about: c_str!(
+        "pages that the VMM has populated are mapped ahead of a guest that goes through its memory"
+    ),
+    hooks: &[HookId::TDP_PAGE_FAULT],
+    calls: &[CallId::TDP_PAGE_FAULT],
+    drain: None,
+    drain_hooks: &[],
+    reasons: &[
+        "no_memory",
+        "unusual",
+        "not_in_order",
+        "not_backed",
+        "refused",
+    ],
+};
+
+/// Why nothing, or not all, was mapped beside the page of a fault; names in `PATH.reasons`.
+#[derive(Clone, Copy)]
+enum Reason {
+    /// No memory for the vCPU's state.
+    NoMemory,
+    /// A write to a read-only page, a slot with logging, a large page, not the TDP MMU, system-management mode.
+    Unusual,
+    /// The fault does not follow on the one before.
+    NotInOrder,
+    /// The VMM has not populated the next page.
+    NotBacked,
+    /// KVM did not map a page that it was asked for.
+    Refused,
+}
+
+/// What the path remembers about a vCPU.
+pub(crate) struct Memory {
+    ahead: Ahead,
+    /// Mode `check`: pages that would have been mapped after the last fault, the first and their number.
+    expected: (u64, u16),
+}
+
+impl Memory {
+    /// Nothing yet.
+    pub(crate) const NEW: Memory = Memory {
+        ahead: Ahead::new(),
+        expected: (0, 0),
+    };
+}
+
+/// The path's mode, see `mode_unless_patched`.
+#[inline(always)]
+fn mode() -> Mode {
+    super::mode_unless_patched(NUMBER, &PATH)
+}
+
+static ON_HYPERVISOR: AtomicBool = AtomicBool::new(false);
+
+/// Finds out what the path must know about the machine.
+pub(crate) fn prepare() {
+    ON_HYPERVISOR.store(runs_on_hypervisor(), Ordering::Relaxed);
+}
+
+/// Handler of kvm_tdp_page_fault(): an EPT violation of a guest whose memory KVM maps itself.
+#[no_mangle]
+extern "C" fn mtk_on_tdp_page_fault(
+    raw: *mut bindings::kvm_vcpu,
+    ptr: *mut bindings::kvm_page_fault,
+    cont: Continuation,
+) -> Verdict {
+    if mode() == Mode::Off {
+        return Verdict::STOCK;
+    }
+    // SAFETY: The hooked function's own argument.
+    let fault = unsafe { Fault::copy(ptr) };
+    if !fault.is_plain() {
+        return Verdict::STOCK;
+    }
+    let section = InFlight::enter(HookId::TDP_PAGE_FAULT);
+    // SAFETY: The hooked function's own argument.
+    let vcpu = unsafe { Vcpu::from_hook(raw) };
+    // SAFETY: This handler's continuation and the hooked function's own arguments.
+    let value = unsafe { section.call_stock(cont, [vcpu.key(), ptr as usize, 0]) };
+    if !state::ensure(vcpu, &section) {
+        super::count_stateless(NUMBER, Reason::NoMemory as usize);
+        return Verdict::handled(value);
+    }
+    // SAFETY: The function has just run and its caller owns the structure.
+    let level = unsafe { (*ptr).goal_level };
+    let fixed = value as i32 == bindings::MTK_RET_PF_FIXED as i32 && level == 1;
+    state::with(vcpu, |local, counters| {
+        let counters = counters.path::<NUMBER>();
+        let memory = &mut local.direct;
+        let (first, count) = core::mem::take(&mut memory.expected);
+        let mode = mode();
+        if mode == Mode::Check && fault.page().wrapping_sub(first) < u64::from(count) {
+            counters.checked.bump();
+            // A page that stock retries or finds mapped by somebody else is not held against anybody.
+            if value as i32 == bindings::MTK_RET_PF_EMULATE as i32 {
+                report(counters, fault.page());
+            }
+        }
+        if !fixed || vcpu.in_smm() {
+            counters.fall_back(Reason::Unusual as usize);
+            return;
+        }
+        let wanted = memory.ahead.fault(fault.page());
+        if wanted == 0 {
+            counters.fall_back(Reason::NotInOrder as usize);
+            return;
+        }
+        let backed = fault.backed(usize::from(wanted)) as u16;
+        if backed == 0 {
+            counters.fall_back(Reason::NotBacked as usize);
+        }
+        match mode {
+            Mode::On if backed != 0 => {
+                let mapped = map(vcpu, &fault, backed);
+                memory.ahead.stopped(fault.page(), mapped);
+                if mapped != 0 {
+                    counters.taken.bump();
+                }
+                if mapped < backed {
+                    counters.fall_back(Reason::Refused as usize);
+                }
+            }
+            Mode::Check => {
+                memory.expected = (fault.page().wrapping_add(1), backed);
+                memory.ahead.stopped(fault.page(), 0);
+            }
+            _ => memory.ahead.stopped(fault.page(), 0),
+        }
+    });
+    Verdict::handled(value)
+}
+
+/// Has KVM map `count` pages after the fault's. Returns how many there are now. May sleep.
+fn map(vcpu: Vcpu, fault: &Fault, count: u16) -> u16 {
+    let mut mapped = 0;
+    for distance in 1..=u64::from(count) {
+        let present = vcpu
+            .tdp_table(&rcu::read_lock(), fault.page())
+            .is_some_and(|table| table.is_present(fault.page() + distance));
+        // SAFETY: In the fault's handler; `Fault::backed` has seen to the slot.
+        if !present && !unsafe { fault.ask_for(vcpu, distance) } {
+            break;
+        }
+        mapped += 1;
+    }
+    if ON_HYPERVISOR.load(Ordering::Relaxed) {
+        let rcu = rcu::read_lock();
+        if let Some(table) = vcpu.tdp_table(&rcu, fault.page()) {
+            (1..=u64::from(mapped)).for_each(|n| table.mark_accessed(fault.page() + n));
+        }
+    }
+    mapped
+}
+
+static REPORTED: AtomicBool = AtomicBool::new(false);
+
+#[cold]
+fn report(counters: &super::Counters, page: u64) {
+    counters.mismatches.bump();
+    if !REPORTED.swap(true, Ordering::Relaxed) {
+        pr_warn!("direct: stock does not map frame {page:#x}, which has memory\n");
+    }
+}

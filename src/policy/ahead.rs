@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: GPL-2.0
+//! How many pages after a fault are mapped along with it, where nothing can be learned from accessed flags.
+//!
+//! Only faults that follow on one another count: each doubles the number, any other fault starts anew with none.
+//! So a guest that touches its memory in any other order never pays for pages that it does not want.
+
+/// Entries in a table.
+const TABLE: u64 = 512;
+/// Base-2 logarithm of one more than the most pages at once.
+pub const MAX: u8 = 7;
+
+/// What is known about a vCPU's faults.
+#[derive(Debug)]
+pub struct Ahead {
+    /// The page after the last that was mapped.
+    next: u64,
+    log2: u8,
+}
+
+impl Default for Ahead {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Ahead {
+    /// Nothing yet.
+    pub const fn new() -> Self {
+        Self {
+            next: u64::MAX,
+            log2: 0,
+        }
+    }
+
+    /// The guest has faulted on `page` (its address, shifted by 12). Returns how many pages after it are to be
+    /// mapped, all in the same last-level table.
+    pub fn fault(&mut self, page: u64) -> u16 {
+        self.log2 = if page == self.next {
+            (self.log2 + 1).min(MAX)
+        } else {
+            0
+        };
+        let left = TABLE - 1 - page % TABLE;
+        let count = ((1u64 << self.log2) - 1).min(left);
+        self.next = page.wrapping_add(1 + count);
+        count as u16
+    }
+
+    /// Only `count` pages were mapped of those that `fault` said.
+    pub fn stopped(&mut self, page: u64, count: u16) {
+        self.next = page.wrapping_add(1 + u64::from(count));
+    }
+}
