@@ -6,8 +6,8 @@
 use crate::{
     bindings,
     hook::{self, AttachError, Attached, Function, HookId},
-    layout,
-    path::{self, checks, direct, exits},
+    kvm, layout,
+    path::{self, checks, exits},
     policy::mode::Mode,
     state,
 };
@@ -232,7 +232,7 @@ impl Control {
                 }
                 self.target = Target::Ready(prototypes);
                 checks::prepare();
-                direct::prepare();
+                kvm::prepare();
             }
             Err(mismatch) => self.target = Target::Refused(mismatch),
         }

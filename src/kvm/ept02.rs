@@ -6,7 +6,12 @@
 
 use super::{guest_memory::PAGE, vcpu::read, vmx, Vcpu};
 use crate::{bindings, hook::CallId};
-use core::{marker::PhantomData, mem::MaybeUninit, ops::Range};
+use core::{
+    marker::PhantomData,
+    mem::MaybeUninit,
+    ops::Range,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 /// Entries in a table.
 pub(crate) const ENTRIES: usize = 512;
@@ -15,6 +20,8 @@ pub(crate) const PREFETCH: usize = 8;
 /// Bits 51:12, the physical address in an entry of EPT (SDM volume 3, table 30-7).
 pub(crate) const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
+/// Bit 8 of an entry, accessed (SDM volume 3, 30.3.5).
+const ACCESSED: u64 = 1 << 8;
 const LEVEL_BITS: u32 = 9;
 const PAGE_SHIFT: u32 = 12;
 
@@ -204,6 +211,15 @@ pub(super) fn shadow_page(table: u64) -> *mut bindings::kvm_mmu_page {
     }
 }
 
+/// Sets the accessed flag of an entry that is present, as the processor does at any time.
+pub(super) fn mark_accessed(entry: &AtomicU64) {
+    let old = entry.load(Ordering::Relaxed);
+    if old & bindings::MTK_SPTE_PRESENT != 0 && old & ACCESSED == 0 {
+        // If it has changed meanwhile, the flag may stay clear.
+        let _ = entry.compare_exchange(old, old | ACCESSED, Ordering::Relaxed, Ordering::Relaxed);
+    }
+}
+
 /// A table of EPT02 with entries for pages of 4 KiB that shadows one of EPT12.
 ///
 /// # Invariants
@@ -259,7 +275,13 @@ impl Leaf<'_> {
 
     /// Whether L2 has used the page here (bit 8, accessed; SDM volume 3, 30.3.5).
     pub(crate) fn is_accessed(&self, index: usize) -> bool {
-        self.is_present(index) && self.entry(index) & (1 << 8) != 0
+        self.is_present(index) && self.entry(index) & ACCESSED != 0
+    }
+
+    /// Sets the accessed flag of a page that L2 has.
+    pub(crate) fn mark_accessed(&self, index: usize) {
+        // SAFETY: By the invariants of `Leaf`.
+        mark_accessed(unsafe { &*self.entries.add(index % ENTRIES).cast::<AtomicU64>() });
     }
 
     /// What the entry was made of; means something while it is present.

@@ -13,5 +13,22 @@ pub(crate) mod vmcs02;
 pub(crate) mod vmcs12;
 pub(crate) mod vmx;
 
+use core::sync::atomic::{AtomicBool, Ordering};
+
+static ON_HYPERVISOR: AtomicBool = AtomicBool::new(false);
+
+/// Finds out what does not change while the kernel runs.
+pub(crate) fn prepare() {
+    // SAFETY: Every 64-bit processor has leaf 1.
+    let leaf = unsafe { core::arch::x86_64::__cpuid(1) };
+    ON_HYPERVISOR.store(leaf.ecx >> 31 != 0, Ordering::Relaxed);
+}
+
+/// Whether this kernel runs on a hypervisor (CPUID.1:ECX bit 31).
+#[inline(always)]
+pub(crate) fn runs_on_hypervisor() -> bool {
+    ON_HYPERVISOR.load(Ordering::Relaxed)
+}
+
 pub(crate) use vcpu::Vcpu;
 pub(crate) use vmcs12::Vmcs12;

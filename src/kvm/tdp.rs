@@ -2,7 +2,7 @@
 //! The table that KVM itself makes for a guest, its TDP MMU, and faults on it.
 
 use super::{
-    ept02::{shadow_page, ADDRESS, ENTRIES},
+    ept02::{mark_accessed, shadow_page, ADDRESS, ENTRIES},
     vcpu::read,
     vmx, Vcpu,
 };
@@ -10,8 +10,6 @@ use crate::{bindings, hook::CallId};
 use core::sync::atomic::{AtomicU64, Ordering};
 use kernel::sync::rcu;
 
-/// Bit 8 of an entry, accessed (SDM volume 3, 30.3.5).
-const ACCESSED: u64 = 1 << 8;
 /// FOLL_WRITE of the kernel's get_user_pages().
 const FOLL_WRITE: u32 = bindings::MTK_FOLL_WRITE;
 
@@ -182,18 +180,6 @@ impl Table<'_> {
 
     /// Sets the accessed flag of a page that is there, as the processor does at any time.
     pub(crate) fn mark_accessed(&self, page: u64) {
-        let entry = self.entry(page);
-        let old = entry.load(Ordering::Relaxed);
-        if old & bindings::MTK_SPTE_PRESENT != 0 && old & ACCESSED == 0 {
-            // If it has changed meanwhile, the flag may stay clear.
-            let _ =
-                entry.compare_exchange(old, old | ACCESSED, Ordering::Relaxed, Ordering::Relaxed);
-        }
+        mark_accessed(self.entry(page));
     }
-}
-
-/// Whether this kernel runs on a hypervisor (CPUID.1:ECX bit 31).
-pub(crate) fn runs_on_hypervisor() -> bool {
-    // SAFETY: Every 64-bit processor has the leaf.
-    unsafe { core::arch::x86_64::__cpuid(1) }.ecx >> 31 != 0
 }

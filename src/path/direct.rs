@@ -15,10 +15,7 @@ use super::Path;
 use crate::{
     bindings,
     hook::{CallId, Continuation, HookId, InFlight, Verdict},
-    kvm::{
-        tdp::{runs_on_hypervisor, Fault},
-        Vcpu,
-    },
+    kvm::{self, tdp::Fault, Vcpu},
     policy::{ahead::Ahead, mode::Mode},
     state,
 };
@@ -80,13 +77,6 @@ impl Memory {
 #[inline(always)]
 fn mode() -> Mode {
     super::mode_unless_patched(NUMBER, &PATH)
-}
-
-static ON_HYPERVISOR: AtomicBool = AtomicBool::new(false);
-
-/// Finds out what the path must know about the machine.
-pub(crate) fn prepare() {
-    ON_HYPERVISOR.store(runs_on_hypervisor(), Ordering::Relaxed);
 }
 
 /// Handler of kvm_tdp_page_fault(): an EPT violation of a guest whose memory KVM maps itself.
@@ -175,7 +165,7 @@ fn map(vcpu: Vcpu, fault: &Fault, count: u16) -> u16 {
         }
         mapped += 1;
     }
-    if ON_HYPERVISOR.load(Ordering::Relaxed) {
+    if kvm::runs_on_hypervisor() {
         let rcu = rcu::read_lock();
         if let Some(table) = vcpu.tdp_table(&rcu, fault.page()) {
             (1..=u64::from(mapped)).for_each(|n| table.mark_accessed(fault.page() + n));

@@ -2,22 +2,23 @@
 //! How many entries around a fault are filled along with it.
 //!
 //! A fill is an aligned block of a last-level table, between [`MIN`] entries, which is what stock KVM does itself, and
-//! a whole table. Faults that follow on the last block, upwards or downwards, double it. Some fills later a block is
-//! judged by how much of it was used: little use halves the window, much use doubles it. An exit costs as much
-//! as filling some twenty entries, so that little means less than one in sixteen.
+//! a whole table. A fault that follows on one of the last blocks, upwards or downwards, doubles it, any other halves it.
+//! Some fills later a block is judged by how much of it was used, too: little use halves the window. A fault costs as much
+//! as filling some eight entries, so that little means less than one in eight, beside the page of the fault itself.
+//! A guest whose faults never follow on one another pays nothing.
 
 /// Entries in a table.
 const TABLE: u64 = 512;
 /// Fills between a fill and its judgement.
 pub const DELAY: usize = 8;
-/// Widest gap between the last block and a fault that follows on it, in pages.
+/// Widest gap between a block and a fault that follows on it, in pages.
 const NEAR: u64 = 32;
 /// Base-2 logarithm of the smallest window, 8 entries.
 pub const MIN: u8 = 3;
 /// Of the largest.
 pub const MAX: u8 = 9;
 /// Of that of a new vCPU.
-const START: u8 = 4;
+const START: u8 = MIN;
 
 /// Pages that lie side by side in one table.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -39,7 +40,6 @@ impl Block {
 #[derive(Debug)]
 pub struct Window {
     log2: u8,
-    last: Block,
     fills: [Block; DELAY],
     next: u8,
 }
@@ -56,7 +56,6 @@ impl Window {
         const NONE: Block = Block { first: 0, count: 0 };
         Self {
             log2: START,
-            last: NONE,
             fills: [NONE; DELAY],
             next: 0,
         }
@@ -67,10 +66,23 @@ impl Window {
         1 << self.log2
     }
 
+    fn shrink(&mut self) {
+        self.log2 = self.log2.saturating_sub(1).max(MIN);
+    }
+
     fn grow(&mut self, limit: u8) {
         if self.log2 < limit.min(MAX) {
             self.log2 += 1;
         }
+    }
+
+    /// Whether `page` follows on one of the last blocks, upwards or downwards.
+    fn follows(&self, page: u64) -> bool {
+        self.fills.iter().any(|fill| {
+            let above = page.wrapping_sub(fill.end());
+            let below = fill.first.wrapping_sub(1).wrapping_sub(page);
+            fill.count != 0 && (above < NEAR || below < NEAR)
+        })
     }
 
     /// L2 has faulted on `page`: the block to fill, which has the page in it, and the block whose judgement is due
@@ -78,10 +90,10 @@ impl Window {
     ///
     /// The block has [`MIN`] entries if nothing is to be filled beyond what stock KVM does.
     pub fn fault(&mut self, page: u64, limit: u8) -> (Block, Block) {
-        let upwards = page.wrapping_sub(self.last.end()) < NEAR;
-        let downwards = self.last.first.wrapping_sub(1).wrapping_sub(page) < NEAR;
-        if self.last.count != 0 && (upwards || downwards) {
+        if self.follows(page) {
             self.grow(limit);
+        } else {
+            self.shrink();
         }
         self.log2 = self.log2.clamp(MIN, limit.clamp(MIN, MAX));
         let size = u64::from(self.size());
@@ -89,24 +101,19 @@ impl Window {
             first: page & !(size - 1),
             count: self.size(),
         };
-        self.last = block;
-        let mut due = Block::default();
-        if self.log2 > MIN {
-            if let Some(slot) = self.fills.get_mut(usize::from(self.next) % DELAY) {
-                due = core::mem::replace(slot, block);
-            }
-            self.next = self.next.wrapping_add(1);
-        }
-        (block, due)
+        let slot = self.fills.get_mut(usize::from(self.next) % DELAY);
+        self.next = self.next.wrapping_add(1);
+        let due = slot.map_or(block, |slot| core::mem::replace(slot, block));
+        let beyond_stock = due.count > 1 << MIN;
+        (block, if beyond_stock { due } else { Block::default() })
     }
 
     /// `used` of the `present` pages of a block have been accessed since.
-    pub fn judge(&mut self, used: u16, present: u16, limit: u8) {
+    pub fn judge(&mut self, used: u16, present: u16) {
         let (used, present) = (u32::from(used), u32::from(present));
-        if used * 16 < present {
-            self.log2 = self.log2.saturating_sub(1).max(MIN);
-        } else if used * 2 >= present && present > 0 {
-            self.grow(limit);
+        let beside = used.saturating_sub(1);
+        if beside * 8 < present {
+            self.shrink();
         }
     }
 }

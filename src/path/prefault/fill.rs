@@ -5,6 +5,7 @@ use super::{Memory, Reason, NUMBER};
 use crate::{
     bindings,
     kvm::{
+        self,
         ept02::{Leaf, Translation, ENTRIES, PREFETCH},
         Vcpu,
     },
@@ -79,6 +80,9 @@ impl Run {
             let range = self.at..self.at + self.count;
             let done = range.clone().take_while(|&i| leaf.is_present(i)).count();
             out.filled += done;
+            if kvm::runs_on_hypervisor() {
+                (range.start..range.start + done).for_each(|i| leaf.mark_accessed(i));
+            }
             out.hit |= out
                 .aim
                 .is_some_and(|aim| (range.start..range.start + done).contains(&aim));
@@ -197,7 +201,7 @@ pub(super) fn around(vcpu: Vcpu, memory: &mut Memory, counters: &CounterSet, gpa
     let (block, due) = memory.window.fault(gpa >> 12, MAX);
     if due.count != 0 {
         if let Some((used, present)) = used(vcpu, &due) {
-            memory.window.judge(used, present, MAX);
+            memory.window.judge(used, present);
         }
     }
     if block.count > 1 << MIN {

@@ -9,7 +9,8 @@
 //! What is filled is what stock KVM would prefetch, only further away, by stock's own function and under the same rules:
 //! entries of EPT12 that were accessed before, writable only if they are dirty already, pages that the host
 //! has in memory for writing, no page whose writes are logged, nothing while addresses are being invalidated. No
-//! accessed or dirty flag of EPT12 changes. Upper levels of EPT02 are left to stock.
+//! accessed or dirty flag of EPT12 changes. Upper levels of EPT02 are left to stock. A module that runs in a guest marks
+//! what it fills as accessed: the hypervisor below, whose EPT12 our EPT02 is, would otherwise leave it out.
 //!
 //! Mode `check` fills nothing; it compares what would have been put into EPT02 with what stock KVM puts there when L2
 //! does fault.
