@@ -35,7 +35,7 @@ pub struct Page {
 /// The page that stock KVM would put into EPT02 for `entry` ahead of any access, in a table whose upper levels grant
 /// `granted`, with accessed and dirty flags on. `reserved`: address bits that the guest's processor does not have.
 ///
-/// `None` where stock would map nothing, and for an entry that cannot be read through, which is left to stock. As in
+/// `None` where stock would map nothing, and for a page that cannot be read, which is left to stock. As in
 /// `ept_prefetch_gpte()`: an entry that was never accessed stays out, one that is not dirty is not writable.
 #[inline]
 pub fn page(entry: u64, reserved: u64, granted: u64, rights: &Rights) -> Option<Page> {
@@ -56,8 +56,9 @@ pub fn page(entry: u64, reserved: u64, granted: u64, rights: &Rights) -> Option<
     if entry & DIRTY == 0 {
         access &= !rights.write;
     }
-    Some(Page {
+    access &= granted;
+    (access & rights.read != 0).then_some(Page {
         gfn: (entry & ADDRESS) >> 12,
-        access: access & granted,
+        access,
     })
 }

@@ -38,6 +38,8 @@ fn an_ordinary_entry() {
         page(entry, RESERVED, 1, &RIGHTS),
         Some(Page { access: 1, ..full })
     );
+    // A page that can only be run is left to stock.
+    assert_eq!(page(entry, RESERVED, 8, &RIGHTS), None);
 }
 
 proptest! {

@@ -256,8 +256,8 @@ pub(super) fn compare(vcpu: Vcpu, counters: &CounterSet, gpa: u64) {
         counters.checked.bump();
         let stock = leaf.translation(index);
         let same = |page: Page| page.gfn == stock.gfn && page.access == stock.access;
-        // What cannot be read through is left to stock, so that there is nothing to compare.
-        let judged = entry & 1 != 0;
+        // What cannot be read is left to stock, so that there is nothing to compare.
+        let judged = stock.access & RIGHTS.read != 0;
         let ours = ept::page(entry, vcpu.reserved_gpa_bits(), leaf.granted(), &RIGHTS);
         if judged && !ours.is_some_and(same) {
             report(counters, entry, stock);
