@@ -10,6 +10,7 @@ mod drain;
 pub(crate) mod exits;
 pub(crate) mod fields;
 pub(crate) mod l2fields;
+pub(crate) mod learned;
 pub(crate) mod vmptrld;
 
 use crate::{

@@ -24,16 +24,28 @@ pub const FADE: u16 = 16;
 pub const TRIAL: u16 = 64;
 
 const WORD: usize = 64;
+/// Words of a set.
+pub const WORDS: usize = 3;
 /// Most fields that a learner can tell apart.
-pub const FIELDS: usize = 3 * WORD;
+pub const FIELDS: usize = WORDS * WORD;
 
 /// A set of fields, by number.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Set([u64; FIELDS / WORD]);
+pub struct Set([u64; WORDS]);
 
 impl Set {
     /// No field.
-    pub const EMPTY: Set = Set([0; FIELDS / WORD]);
+    pub const EMPTY: Set = Set([0; WORDS]);
+
+    /// The set as bits, the lowest for field 0.
+    pub fn words(&self) -> &[u64; WORDS] {
+        &self.0
+    }
+
+    /// The set with these bits.
+    pub const fn from_words(words: [u64; WORDS]) -> Self {
+        Self(words)
+    }
 
     /// Whether `field` is in the set.
     pub fn has(&self, field: u8) -> bool {

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     kvm::{fields::FIELDS, nested::Pages, vmx, Vcpu, Vmcs12},
-    path::{vmptrld::Regions, Counters},
+    path::{learned::Published, vmptrld::Regions, Counters},
     policy::learn::{Learner, Set},
 };
 use core::sync::atomic::{AtomicBool, AtomicI32, Ordering};
@@ -20,6 +20,8 @@ pub(crate) struct Shared {
     pub(super) extended: AtomicBool,
     /// The thread that ran the vCPU last, by its number in the initial namespace.
     pub(super) thread: AtomicI32,
+    /// What is shadowed beside the stock list.
+    pub(crate) learned: Published,
 }
 
 impl Shared {
@@ -27,6 +29,7 @@ impl Shared {
         Self {
             extended: AtomicBool::new(false),
             thread: AtomicI32::new(0),
+            learned: Published::new(),
         }
     }
 
@@ -170,6 +173,7 @@ impl Memory {
     ) {
         if self.must_rebuild(check) {
             self.rebuild(check);
+            shared.learned.publish(self.learner.learned());
         }
         let (Some(ext), Some(shadow)) = (self.extension.as_mut(), vcpu.shadow_vmcs()) else {
             return;
@@ -349,6 +353,7 @@ impl Memory {
             self.extension = None;
             self.stale = true;
             self.learner = Learner::new(BUDGET);
+            shared.learned.publish(self.learner.learned());
             shared.extended.store(false, Ordering::Release);
         }
     }

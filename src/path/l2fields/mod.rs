@@ -17,7 +17,7 @@ mod memory;
 
 pub(crate) use memory::Memory;
 
-use super::{CounterSet, Counters, Local, Path};
+use super::{learned::Published, CounterSet, Counters, Local, Path};
 use crate::{
     bindings,
     hook::{CallId, Continuation, HookId, InFlight, Verdict},
@@ -73,12 +73,15 @@ enum Reason {
 /// What another thread may know about a vCPU.
 pub(crate) struct Shared {
     serving: AtomicBool,
+    /// What L2 is served, if anything.
+    pub(crate) learned: Published,
 }
 
 impl Shared {
     pub(crate) const fn new() -> Self {
         Self {
             serving: AtomicBool::new(false),
+            learned: Published::new(),
         }
     }
 
@@ -96,6 +99,9 @@ fn mode() -> Mode {
 
 fn publish(local: &Local, shared: &CounterSet) {
     let serving = local.l2fields.is_serving();
+    if local.l2fields.stale {
+        shared.l2fields.learned.publish(local.l2fields.learner.learned());
+    }
     if shared.l2fields.serving.load(Ordering::Relaxed) != serving {
         // Whoever gives the vCPU back may have to send its thread out of KVM_RUN.
         shared.fields.note_thread();
