@@ -46,9 +46,8 @@ fn show_learned(_: &(), f: &mut fmt::Formatter<'_>) -> fmt::Result {
             ("l2fields", set.l2fields.learned.get()),
         ] {
             if result.is_ok() && !learned.is_empty() {
-                result = write!(f, "{thread} {name}")
-                    .and_then(|()| path::learned::write_names(&learned, f))
-                    .and_then(|()| writeln!(f));
+                result = write!(f, "{thread} {name} ")
+                    .and_then(|()| path::learned::write_names(&learned, f));
             }
         }
     });

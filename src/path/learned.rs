@@ -3,7 +3,7 @@
 
 use crate::{
     kvm::fields::FIELDS,
-    policy::learn::{Set, WORDS},
+    policy::set::{Set, WORDS},
 };
 use core::{
     fmt::{self, Write},
@@ -35,12 +35,14 @@ impl Published {
     }
 }
 
-/// Writes the names of the fields of a set, each with a space before it.
+/// Writes a line with the names of the fields of a set.
 pub(crate) fn write_names(set: &Set, out: &mut dyn Write) -> fmt::Result {
+    let mut between = "";
     for (number, field) in (0..).zip(FIELDS) {
         if set.has(number) {
-            write!(out, " {}", field.name)?;
+            write!(out, "{between}{}", field.name)?;
+            between = " ";
         }
     }
-    Ok(())
+    writeln!(out)
 }

@@ -3,9 +3,11 @@
 //! (`rust/policy`) for unit, property and fuzz tests.
 
 pub mod btf;
+pub mod knob;
 pub mod learn;
 pub mod masks;
 pub mod mode;
 pub mod operand;
 pub mod segments;
+pub mod set;
 pub mod ways;

@@ -55,6 +55,7 @@ pub(super) const PATH: Path = Path {
     drain: Some(drain),
     drain_hooks: &[HookId::ENTER_GUEST],
     reasons: &["no_memory", "unknown_field", "never", "learning"],
+    knobs: &[],
 };
 
 /// Why an access of L2 was left to the stock code; names in `PATH.reasons`.
@@ -99,9 +100,10 @@ fn mode() -> Mode {
 
 fn publish(local: &Local, shared: &CounterSet) {
     let serving = local.l2fields.is_serving();
-    if local.l2fields.stale {
-        shared.l2fields.learned.publish(local.l2fields.learner.learned());
-    }
+    shared
+        .l2fields
+        .learned
+        .publish(local.l2fields.learner.learned());
     if shared.l2fields.serving.load(Ordering::Relaxed) != serving {
         // Whoever gives the vCPU back may have to send its thread out of KVM_RUN.
         shared.fields.note_thread();
@@ -174,7 +176,7 @@ extern "C" fn mtk_on_nested_run(
     // SAFETY: The hooked function's own argument.
     let vcpu = unsafe { Vcpu::from_hook(raw) };
     let known = state::with(vcpu, |local, _| {
-        local.l2fields.is_serving() || !local.l2fields.learner.learned().is_empty()
+        local.l2fields.is_serving() || !local.l2fields.learner.is_idle()
     });
     if known != Some(true) {
         return Verdict::STOCK;
