@@ -9,12 +9,13 @@
 //! again without a switch joins as well.) So the set that a steady habit ends in is that habit's own:
 //! every field whose touches are never more than a window apart, and none that is never touched.
 //!
-//! A shadowed field is invisible, hence the trials. One that is touched comes back at once. While
-//! nothing changes a trial takes one field in [`Config::trial`] switches, so that learning costs one
-//! exit in that many. As long as at least half of what was on trial turns out to be out of use, the
-//! next trial follows at once and takes twice as many, so a set of `n` fields that L1 no longer uses
-//! is gone after `trial + window * (1 + log2(n))` switches; where L1 goes on with most of them, the
-//! others are found one after another, within `n * (trial + window)` switches.
+//! A shadowed field is invisible, hence the trials. One that is touched comes back at once. A trial takes
+//! one field, two windows after the last or, while nothing changes, later and later up to [`TRIAL`]
+//! windows, so that learning costs one exit in that many. As long as at least half of what was on
+//! trial turns out to be out of use, the next trial follows at once and takes twice as many, so a set
+//! of `n` fields none of which L1 uses any more is gone after `TRIAL + 1 + log2(n)` windows. Where L1
+//! goes on with most of them, the others are found one after another, within `n * (TRIAL + 1)`
+//! windows.
 //!
 //! *Costly* fields cost something together, however many they are: half an exit on each switch. They
 //! are shadowed while their touches are one in four switches, counted over a window; now and then all
@@ -25,6 +26,8 @@
 
 use super::set::{Set, FIELDS};
 
+/// Windows between two trials, at most.
+pub const TRIAL: u16 = 8;
 /// Windows between two trials of the costly fields, at most.
 pub const GROUP_TRIAL: u16 = 32;
 /// Most fields on trial at a time.
@@ -57,7 +60,7 @@ impl Config {
         }
     }
 
-    /// Switches from the end of a trial in which everything came back to the next.
+    /// Switches from one trial to the next, at first.
     pub const fn trial(&self) -> u16 {
         self.window * 2
     }
@@ -89,6 +92,8 @@ pub struct Learner {
     last_trial: u8,
     /// Switches until the trial ends, or the next begins.
     wait: u16,
+    /// Switches between the last trial and the next.
+    interval: u16,
     group: Group,
 }
 
@@ -125,6 +130,7 @@ impl Learner {
             trial_size: 1,
             last_trial: 0,
             wait: config.trial(),
+            interval: config.trial(),
             group: Group {
                 all: Set::EMPTY,
                 aside: Set::EMPTY,
@@ -160,6 +166,7 @@ impl Learner {
     pub fn configure(&mut self, config: Config) -> bool {
         let before = self.learned;
         if self.config.window != config.window {
+            self.interval = config.trial();
             self.wait = self.wait.min(config.trial());
             self.group.wait = self.group.wait.min(config.window);
             self.group.interval = config.trial();
@@ -257,12 +264,19 @@ impl Learner {
     }
 
     fn join(&mut self, field: u8) {
-        self.group.aside.remove(field);
         self.learned.insert(field);
         if self.trial.has(field) {
             self.trial.remove(field);
             if self.trial.is_empty() {
                 self.trial_ends(0);
+            }
+        } else if self.group.aside.has(field) {
+            self.group.aside.remove(field);
+        } else {
+            // Other habits than before.
+            self.interval = self.config.trial();
+            if self.trial.is_empty() {
+                self.wait = self.wait.min(self.interval);
             }
         }
     }
@@ -318,8 +332,13 @@ impl Learner {
         self.wait = 0;
         if failed == 0 {
             self.trial_size = 1;
-            self.wait = self.config.trial();
-        } else if failed >= self.tried.div_ceil(2) {
+            self.wait = self.interval;
+            let most = self.config.window.saturating_mul(TRIAL);
+            self.interval = self.interval.saturating_mul(2).min(most);
+            return;
+        }
+        self.interval = self.config.trial();
+        if failed >= self.tried.div_ceil(2) {
             self.trial_size = (self.trial_size * 2).min(TRIAL_SIZE);
         }
     }
@@ -383,7 +402,7 @@ mod tests {
     use super::*;
 
     const WINDOW: usize = Config::new(0).window as usize;
-    const TRIAL: usize = Config::new(0).trial() as usize;
+    const LONG: usize = WINDOW * TRIAL as usize;
 
     fn learner(budget: u8) -> Learner {
         Learner::new(Config::new(budget))
@@ -413,8 +432,9 @@ mod tests {
         let mut learner = learner(64);
         let fields: Vec<u8> = (10..50).collect();
         assert_eq!(run(&mut learner, &fields, 4), 40 * 2);
-        // From then on one trial in so many switches costs one exit.
-        assert!(run(&mut learner, &fields, 1024) <= 1024 / TRIAL + 1);
+        // Later on one trial in so many switches costs one exit.
+        run(&mut learner, &fields, 1024);
+        assert!(run(&mut learner, &fields, 1024) <= 1024 / LONG + 1);
     }
 
     #[test]
@@ -432,7 +452,7 @@ mod tests {
     fn forgets_what_is_no_longer_touched() {
         let mut learner = learner(64);
         run(&mut learner, &[1, 2, 3], 10);
-        run(&mut learner, &[3], 4 * TRIAL);
+        run(&mut learner, &[3], 3 * LONG);
         assert_eq!(fields_of(&learner), [3]);
     }
 
@@ -442,7 +462,7 @@ mod tests {
         run(&mut learner, &(0..90).collect::<Vec<_>>(), 1000);
         assert_eq!(fields_of(&learner).len(), 90);
         let log2 = 7;
-        run(&mut learner, &[100], TRIAL + WINDOW * (1 + log2));
+        run(&mut learner, &[100], LONG + WINDOW * (1 + log2));
         assert_eq!(fields_of(&learner), [100]);
     }
 
@@ -451,7 +471,7 @@ mod tests {
         let mut learner = learner(96);
         run(&mut learner, &(0..90).collect::<Vec<_>>(), 1000);
         let kept: Vec<u8> = (0..90).step_by(2).collect();
-        run(&mut learner, &kept, 90 * (TRIAL + WINDOW));
+        run(&mut learner, &kept, 90 * (LONG + WINDOW));
         assert_eq!(fields_of(&learner), kept);
     }
 
@@ -506,11 +526,11 @@ mod tests {
         config.pinned.insert(9);
         config.forbidden.insert(2);
         assert!(learner.configure(config));
-        run(&mut learner, &[1, 2], 10 * TRIAL);
+        run(&mut learner, &[1, 2], 4 * LONG);
         assert!(learner.learned().has(9) && !learner.learned().has(2));
         assert_eq!(fields_of(&learner), [1, 9]);
         learner.configure(Config::new(4));
-        run(&mut learner, &[1, 2], 10 * TRIAL);
+        run(&mut learner, &[1, 2], 4 * LONG);
         assert_eq!(fields_of(&learner), [1, 2]);
     }
 }
