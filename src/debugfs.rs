@@ -2,9 +2,10 @@
 //! `/sys/kernel/debug/matryoshka/`: exit accounting.
 //!
 //! `exits_enable` takes 0 or 1; `exits` has a line for each basic exit reason that occurred:
-//! reason, exits from L1, exits from L2 and deeper.
+//! reason, exits from L1, exits from L2 and deeper. `learned` has a line for each vCPU and path that learns VMCS
+//! fields: thread, path, fields.
 
-use crate::{control, path};
+use crate::{control, path, state};
 use kernel::{
     c_str,
     debugfs::{Dir, File},
@@ -20,6 +21,8 @@ pub(crate) struct Files {
     exits: File<()>,
     #[pin]
     enable: File<()>,
+    #[pin]
+    learned: File<()>,
     _dir: Dir,
 }
 
@@ -31,6 +34,24 @@ fn show_exits(_: &(), f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{reason} {l1} {l2}")?;
     }
     Ok(())
+}
+
+fn show_learned(_: &(), f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    let mut result = Ok(());
+    // No vCPU's state goes meanwhile.
+    state::for_each_counters(|set| {
+        let thread = set.fields.thread();
+        for (name, learned) in [
+            ("fields", set.fields.learned.get()),
+            ("l2fields", set.l2fields.learned.get()),
+        ] {
+            if result.is_ok() && !learned.is_empty() {
+                result = write!(f, "{thread} {name} ")
+                    .and_then(|()| path::learned::write_names(&learned, f));
+            }
+        }
+    });
+    result
 }
 
 fn show_enable(_: &(), f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -55,6 +76,7 @@ impl Files {
         try_pin_init!(Self {
             exits <- dir.read_callback_file(c_str!("exits"), (), &show_exits),
             enable <- dir.read_write_callback_file(c_str!("exits_enable"), (), &show_enable, &store_enable),
+            learned <- dir.read_callback_file(c_str!("learned"), (), &show_learned),
             _dir: dir,
         })
     }

@@ -74,6 +74,7 @@ impl kernel::Module for Matryoshka {
         unsafe {
             state::init();
             control::init();
+            path::fields::init();
         }
         let mode = policy::mode::Mode::from_number(number(module_parameters::paths.value()))
             .ok_or_else(|| {

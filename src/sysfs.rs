@@ -21,7 +21,13 @@ enum Kind {
     Mismatches,
     SavedExits,
     Fallbacks,
+    Knob(Show, Store),
 }
+
+/// Writes a knob's value.
+type Show = fn(&mut dyn Write) -> fmt::Result;
+/// Takes what was written to a knob.
+type Store = fn(&[u8]) -> Result;
 
 /// `struct kobj_attribute`, whose two pointers are plain in some kernels and in unions in others.
 #[repr(C)]
@@ -44,9 +50,9 @@ const _: () = assert!(
     core::mem::size_of::<KobjAttribute>() == core::mem::size_of::<bindings::kobj_attribute>()
 );
 
-/// One file. The kernel's part comes first: `show` and `store` get a pointer to it back.
+/// A file. The kernel's part comes first: `show` and `store` get a pointer to it back.
 #[repr(C)]
-struct Attribute {
+pub(crate) struct Attribute {
     raw: KobjAttribute,
     kind: Kind,
 }
@@ -55,6 +61,11 @@ struct Attribute {
 unsafe impl Sync for Attribute {}
 
 impl Attribute {
+    /// A knob of a path: readable by all, writable by root.
+    pub(crate) const fn knob(name: &'static CStr, show: Show, store: Store) -> Self {
+        Self::new(name, Kind::Knob(show, store), 0o644)
+    }
+
     const fn new(name: &'static CStr, kind: Kind, mode: u16) -> Self {
         // SAFETY: All-zero is valid for `attribute`: null pointers and numbers.
         let mut attr: bindings::attribute = unsafe { core::mem::zeroed() };
@@ -138,6 +149,7 @@ fn write_page(kobj: *mut bindings::kobject, kind: Kind, out: &mut Page<'_>) -> f
             }
             Ok(())
         }
+        Kind::Knob(show, _) => show(out),
     }
 }
 
@@ -180,6 +192,7 @@ unsafe extern "C" fn store(
         (Kind::Mode, Some(number)) => Mode::parse(text)
             .ok_or(EINVAL)
             .and_then(|mode| control::set_mode(number, mode)),
+        (Kind::Knob(_, store), _) => store(text),
         _ => Err(EINVAL),
     };
     match result {
@@ -203,16 +216,21 @@ impl Dir {
             return Err(ENOMEM);
         }
         let dir = Self(kobj);
+        dir.add(files)?;
+        Ok(dir)
+    }
+
+    fn add(&self, files: &'static [Attribute]) -> Result {
         for file in files {
             // SAFETY: The kobject is live and the attribute static.
             let ret = unsafe {
-                bindings::sysfs_create_file_ns(kobj, &file.raw.attr, core::ptr::null_mut())
+                bindings::sysfs_create_file_ns(self.0, &file.raw.attr, core::ptr::null_mut())
             };
             if ret < 0 {
                 return Err(Error::from_errno(ret));
             }
         }
-        Ok(dir)
+        Ok(())
     }
 }
 
@@ -244,7 +262,9 @@ impl Tree {
         let paths = Dir::new(c_str!("paths"), top.0, &[])?;
         let mut per_path = KVec::with_capacity(path::COUNT, GFP_KERNEL)?;
         for p in path::PATHS {
-            per_path.push(Dir::new(p.name, paths.0, &PER_PATH)?, GFP_KERNEL)?;
+            let dir = Dir::new(p.name, paths.0, &PER_PATH)?;
+            dir.add(p.knobs)?;
+            per_path.push(dir, GFP_KERNEL)?;
         }
         Ok(Self {
             _per_path: per_path,

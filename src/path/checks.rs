@@ -50,6 +50,7 @@ pub(super) const PATH: Path = Path {
     reasons: &[
         "no_state", "no_vmptr", "new", "changed", "unusual", "failed",
     ],
+    knobs: &[],
 };
 
 /// Why a call was left to the stock code; names in `PATH.reasons`.

@@ -8,6 +8,8 @@
 //!
 //! There, entries are marked as accessed too: the hypervisor below shadows only entries that are, ahead of a fault.
 //!
+//! The knob `populate` lets it map pages as well that the VMM has not populated, which spends memory ahead of need.
+//!
 //! Mode `check` maps nothing and sees whether stock KVM, when the guest comes to a page that would have been mapped,
 //! maps it, too.
 
@@ -16,10 +18,15 @@ use crate::{
     bindings,
     hook::{CallId, Continuation, HookId, InFlight, Verdict},
     kvm::{self, tdp::Fault, Vcpu},
-    policy::{ahead::Ahead, mode::Mode},
+    policy::{
+        ahead::{Ahead, MOST},
+        knob,
+        mode::Mode,
+    },
     state,
+    sysfs::Attribute,
 };
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use kernel::{c_str, prelude::*, sync::rcu};
 
 /// This path's number in `PATHS`.
@@ -34,6 +41,7 @@ pub(super) const PATH: Path = Path {
     calls: &[CallId::TDP_PAGE_FAULT],
     drain: None,
     drain_hooks: &[],
+    knobs: &FILES,
     reasons: &[
         "no_memory",
         "unusual",
@@ -42,6 +50,30 @@ pub(super) const PATH: Path = Path {
         "refused",
     ],
 };
+
+/// Most pages that are mapped along with the one of a fault.
+static AHEAD: AtomicU16 = AtomicU16::new(MOST);
+/// How many of them may be such that the VMM has not populated: memory is spent.
+static POPULATE: AtomicU16 = AtomicU16::new(0);
+
+static FILES: [Attribute; 2] = [
+    Attribute::knob(
+        c"ahead",
+        |out| writeln!(out, "{}", AHEAD.load(Ordering::Relaxed)),
+        |text| store(text, &AHEAD),
+    ),
+    Attribute::knob(
+        c"populate",
+        |out| writeln!(out, "{}", POPULATE.load(Ordering::Relaxed)),
+        |text| store(text, &POPULATE),
+    ),
+];
+
+fn store(text: &[u8], to: &AtomicU16) -> Result {
+    let pages = knob::number(text).filter(|&n| n <= MOST).ok_or(EINVAL)?;
+    to.store(pages, Ordering::Relaxed);
+    Ok(())
+}
 
 /// Why nothing, or not all, was mapped beside the page of a fault; names in `PATH.reasons`.
 #[derive(Clone, Copy)]
@@ -122,32 +154,33 @@ extern "C" fn mtk_on_tdp_page_fault(
             counters.fall_back(Reason::Unusual as usize);
             return;
         }
-        let wanted = memory.ahead.fault(fault.page());
+        let wanted = memory
+            .ahead
+            .fault(fault.page(), AHEAD.load(Ordering::Relaxed));
         if wanted == 0 {
             counters.fall_back(Reason::NotInOrder as usize);
             return;
         }
         let backed = fault.backed(usize::from(wanted)) as u16;
-        if backed == 0 {
+        let count = wanted.min(backed.saturating_add(POPULATE.load(Ordering::Relaxed)));
+        if count == 0 {
             counters.fall_back(Reason::NotBacked as usize);
         }
+        let mut mapped = 0;
         match mode {
-            Mode::On if backed != 0 => {
-                let mapped = map(vcpu, &fault, backed);
-                memory.ahead.stopped(fault.page(), mapped);
+            Mode::On if count != 0 => {
+                mapped = map(vcpu, &fault, count);
                 if mapped != 0 {
                     counters.taken.bump();
                 }
-                if mapped < backed {
+                if mapped < count {
                     counters.fall_back(Reason::Refused as usize);
                 }
             }
-            Mode::Check => {
-                memory.expected = (fault.page().wrapping_add(1), backed);
-                memory.ahead.stopped(fault.page(), 0);
-            }
-            _ => memory.ahead.stopped(fault.page(), 0),
+            Mode::Check => memory.expected = (fault.page().wrapping_add(1), backed),
+            _ => {}
         }
+        memory.ahead.stopped(fault.page(), mapped);
     });
     Verdict::handled(value)
 }

@@ -25,6 +25,7 @@ pub(crate) const ACCOUNTING: Path = Path {
     drain: None,
     drain_hooks: &[],
     reasons: &[],
+    knobs: &[],
 };
 
 /// Basic exit reasons (SDM appendix C) go to 77 today; the last row takes what is beyond.

@@ -12,12 +12,14 @@ mod entry;
 pub(crate) mod exits;
 pub(crate) mod fields;
 pub(crate) mod l2fields;
+pub(crate) mod learned;
 pub(crate) mod prefault;
 pub(crate) mod vmptrld;
 
 use crate::{
     hook::{CallId, HookId},
     policy::mode::Mode,
+    sysfs::Attribute,
 };
 use core::sync::atomic::{AtomicU64, AtomicU8, Ordering};
 use kernel::{prelude::*, str::CStr};
@@ -44,6 +46,8 @@ pub(crate) struct Path {
     pub(crate) drain_hooks: &'static [HookId],
     /// Names of its fallback reasons, in the order of its own `Reason` numbers.
     pub(crate) reasons: &'static [&'static str],
+    /// What can be set beside its mode, as files in sysfs.
+    pub(crate) knobs: &'static [Attribute],
 }
 
 impl Path {
@@ -109,6 +113,15 @@ impl Count {
     pub(crate) fn bump(&self) {
         self.0.store(
             self.0.load(Ordering::Relaxed).wrapping_add(1),
+            Ordering::Relaxed,
+        );
+    }
+
+    /// Adds `n`, as `bump` does.
+    #[inline(always)]
+    pub(crate) fn add(&self, n: u64) {
+        self.0.store(
+            self.0.load(Ordering::Relaxed).wrapping_add(n),
             Ordering::Relaxed,
         );
     }
@@ -280,5 +293,6 @@ impl Local {
     /// Forgets everything that was concluded from the vCPU's configuration.
     pub(crate) fn invalidate(&mut self) {
         self.checks.clear();
+        self.fields.reconsider();
     }
 }

@@ -7,7 +7,9 @@
 /// Entries in a table.
 const TABLE: u64 = 512;
 /// Base-2 logarithm of one more than the most pages at once.
-pub const MAX: u8 = 7;
+const MAX: u8 = 7;
+/// Most pages at once.
+pub const MOST: u16 = (1 << MAX) - 1;
 
 /// What is known about a vCPU's faults.
 #[derive(Debug)]
@@ -33,15 +35,15 @@ impl Ahead {
     }
 
     /// The guest has faulted on `page` (its address, shifted by 12). Returns how many pages after it are to be
-    /// mapped, all in the same last-level table.
-    pub fn fault(&mut self, page: u64) -> u16 {
+    /// mapped, all in the same last-level table and not more than `most`.
+    pub fn fault(&mut self, page: u64, most: u16) -> u16 {
         self.log2 = if page == self.next {
             (self.log2 + 1).min(MAX)
         } else {
             0
         };
         let left = TABLE - 1 - page % TABLE;
-        let count = ((1u64 << self.log2) - 1).min(left);
+        let count = ((1u64 << self.log2) - 1).min(left).min(u64::from(most));
         self.next = page.wrapping_add(1 + count);
         count as u16
     }

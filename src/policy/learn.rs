@@ -2,112 +2,144 @@
 //! Which VMCS fields of L1 are worth shadowing: learned from the exits that they cost.
 //!
 //! A field that L1 reads or writes costs an exit each time; a shadowed one costs a copy each way on
-//! every switch, some hundredth of an exit. So a field joins once it has been touched [`JOIN`]
-//! times, where old touches fade: they are halved every [`FADE`] switches. A shadowed field is
-//! invisible, so now and then some are put out on trial: one that is touched within [`FADE`]
-//! switches comes back at once; the others stay out and must earn their place anew.
+//! every switch, some seventieth of an exit in instructions and some thirtieth in time. So a field
+//! pays if L1 touches it at least once in [`Config::window`] switches, and this one rule decides both
+//! ways, whatever was before: a field joins when it is touched in a second switch of a window, and
+//! leaves when it is put out on trial and not touched for a window. (One that is touched again and
+//! again without a switch joins as well.) So the set that a steady habit ends in is that habit's own:
+//! every field whose touches are never more than a window apart, and none that is never touched.
 //!
-//! While L1 keeps its habits a trial takes one field and there is one in [`TRIAL`] switches, so
-//! that learning costs one exit in that many. When a trial shows that nothing of it was needed, the
-//! next follows at once and takes twice as many: a set of `n` fields that L1 no longer uses is gone
-//! after `TRIAL + FADE * (2 + log2(n))` switches.
+//! A shadowed field is invisible, hence the trials. One that is touched comes back at once. A trial takes
+//! one field, two windows after the last or, while nothing changes, later and later up to [`TRIAL`]
+//! windows, so that learning costs one exit in that many. As long as at least half of what was on
+//! trial turns out to be out of use, the next trial follows at once and takes twice as many, so a set
+//! of `n` fields none of which L1 uses any more is gone after `TRIAL + 1 + log2(n)` windows. Where L1
+//! goes on with most of them, the others are found one after another, within `n * (TRIAL + 1)`
+//! windows.
+//!
+//! *Costly* fields cost something together, however many they are: half an exit on each switch. They
+//! are shadowed while their touches are one in four switches, counted over a window; now and then all
+//! are put out to count anew, at first after two windows and later, if they always come back, after
+//! [`GROUP_TRIAL`] of them.
+//!
+//! With more fields than the budget allows, those with the lowest numbers are shadowed.
 
-/// Touches after which a field joins.
-pub const JOIN: u8 = 2;
-/// Touches of all costly fields together, at least so many of which must not have faded for any of
-/// them to join. Shadowing costly fields costs about half an exit on each switch, however many they
-/// are, so they pay from one touch in two switches; this asks for one in each.
-pub const JOIN_COSTLY: u16 = FADE;
-/// Switches after which old touches count half, and after which a trial ends.
-pub const FADE: u16 = 16;
-/// Switches from the start of one trial to the next.
-pub const TRIAL: u16 = 64;
+use super::set::{Set, FIELDS};
 
-const WORD: usize = 64;
-/// Most fields that a learner can tell apart.
-pub const FIELDS: usize = 3 * WORD;
+/// Windows between two trials, at most.
+pub const TRIAL: u16 = 8;
+/// Windows between two trials of the costly fields, at most.
+pub const GROUP_TRIAL: u16 = 32;
+/// Most fields on trial at a time.
+const TRIAL_SIZE: u8 = 32;
 
-/// A set of fields, by number.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Set([u64; FIELDS / WORD]);
+/// What the administrator may set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Most fields that are shadowed, those that are pinned included; these are shadowed anyway.
+    pub budget: u8,
+    /// A field pays if it is touched once in this many switches, [`Config::WINDOWS`].
+    pub window: u16,
+    /// Fields that are always shadowed.
+    pub pinned: Set,
+    /// Fields that never are, even if they are pinned.
+    pub forbidden: Set,
+}
 
-impl Set {
-    /// No field.
-    pub const EMPTY: Set = Set([0; FIELDS / WORD]);
+impl Config {
+    /// Windows that make sense.
+    pub const WINDOWS: core::ops::RangeInclusive<u16> = 4..=1024;
 
-    /// Whether `field` is in the set.
-    pub fn has(&self, field: u8) -> bool {
-        self.0
-            .get(field as usize / WORD)
-            .is_some_and(|w| (w >> (field as usize % WORD)) & 1 != 0)
-    }
-
-    /// Puts `field` in.
-    pub fn insert(&mut self, field: u8) {
-        if let Some(w) = self.0.get_mut(field as usize / WORD) {
-            *w |= 1 << (field as usize % WORD);
+    /// The one to begin with.
+    pub const fn new(budget: u8) -> Self {
+        Self {
+            budget,
+            window: 32,
+            pinned: Set::EMPTY,
+            forbidden: Set::EMPTY,
         }
     }
 
-    /// Takes `field` out.
-    pub fn remove(&mut self, field: u8) {
-        if let Some(w) = self.0.get_mut(field as usize / WORD) {
-            *w &= !(1 << (field as usize % WORD));
-        }
+    /// Switches from one trial to the next, at first.
+    pub const fn trial(&self) -> u16 {
+        self.window * 2
     }
 
-    /// How many fields are in the set.
-    pub fn len(&self) -> usize {
-        self.0.iter().map(|w| w.count_ones() as usize).sum()
-    }
-
-    /// Whether there is no field in the set.
-    pub fn is_empty(&self) -> bool {
-        self.0.iter().all(|&w| w == 0)
-    }
-
-    /// The fields in the set, in rising order.
-    pub fn iter(&self) -> impl Iterator<Item = u8> + '_ {
-        (0..FIELDS as u8).filter(|&f| self.has(f))
-    }
-
-    /// The first field of the set after `field`, going round.
-    fn after(&self, field: u8) -> Option<u8> {
-        (1..=FIELDS)
-            .map(|d| ((field as usize + d) % FIELDS) as u8)
-            .find(|&f| self.has(f))
+    /// Touches in a window that make the costly fields join; within one switch, eight of them or as
+    /// many as this make any field join.
+    pub const fn burst(&self) -> u16 {
+        self.window / 4
     }
 }
 
 /// What one vCPU's L1 has been seen to touch.
 #[derive(Debug)]
 pub struct Learner {
-    touches: [u8; FIELDS],
+    config: Config,
     learned: Set,
     barred: Set,
+    /// Something was touched.
+    awake: bool,
+    /// The number of the switch, which may go round.
+    now: u32,
+    /// The switch in which each field was last seen touched, and how often in that one.
+    seen: [u32; FIELDS],
+    times: [u8; FIELDS],
+    /// Fields on trial, how many there were when it began, and how many may be in the next.
     trial: Set,
-    trial_size: usize,
+    tried: u8,
+    trial_size: u8,
     last_trial: u8,
-    next_trial: u16,
-    costly: u16,
-    switches: u16,
-    budget: u8,
+    /// Switches until the trial ends, or the next begins.
+    wait: u16,
+    /// Switches between the last trial and the next.
+    interval: u16,
+    group: Group,
+}
+
+/// The costly fields.
+#[derive(Debug)]
+struct Group {
+    all: Set,
+    /// Those that pay if costly fields do.
+    aside: Set,
+    is_in: bool,
+    /// They were put out to see whether they come back.
+    on_trial: bool,
+    touches: u16,
+    /// Switches until the window ends, or the next trial.
+    wait: u16,
+    /// Switches between the last trial and the next.
+    interval: u16,
 }
 
 impl Learner {
-    /// Starts with nothing learned; at most `budget` fields will be.
-    pub const fn new(budget: u8) -> Self {
+    /// Starts with nothing learned.
+    pub const fn new(config: Config) -> Self {
         Self {
-            touches: [0; FIELDS],
+            config,
             learned: Set::EMPTY,
             barred: Set::EMPTY,
+            awake: false,
+            // More than a window after 0, in which nothing was seen.
+            now: 1 << 16,
+            seen: [0; FIELDS],
+            times: [0; FIELDS],
             trial: Set::EMPTY,
+            tried: 0,
             trial_size: 1,
             last_trial: 0,
-            next_trial: TRIAL,
-            costly: 0,
-            switches: 0,
-            budget,
+            wait: config.trial(),
+            interval: config.trial(),
+            group: Group {
+                all: Set::EMPTY,
+                aside: Set::EMPTY,
+                is_in: false,
+                on_trial: false,
+                touches: 0,
+                wait: config.window,
+                interval: config.trial(),
+            },
         }
     }
 
@@ -116,71 +148,251 @@ impl Learner {
         &self.learned
     }
 
+    /// Fields that are not shadowed just now, to see whether they are still in use.
+    pub fn on_trial(&self) -> Set {
+        if self.group.on_trial {
+            self.trial.or(&self.group.aside)
+        } else {
+            self.trial
+        }
+    }
+
+    /// Whether nothing was ever touched.
+    pub fn is_idle(&self) -> bool {
+        !self.awake
+    }
+
+    /// Sets other rules. `true` if the learned fields have changed.
+    pub fn configure(&mut self, config: Config) -> bool {
+        let before = self.learned;
+        if self.config.window != config.window {
+            self.interval = config.trial();
+            self.wait = self.wait.min(config.trial());
+            self.group.wait = self.group.wait.min(config.window);
+            self.group.interval = config.trial();
+        }
+        self.config = config;
+        let out = config.forbidden;
+        self.learned = self.learned.without(&out);
+        self.trial = self.trial.without(&out).without(&config.pinned);
+        self.group.aside = self.group.aside.without(&out).without(&config.pinned);
+        self.learned = self.learned.or(&self.pinned());
+        if self.room() < 0 {
+            self.trial = Set::EMPTY;
+            self.group.aside = Set::EMPTY;
+        }
+        while self.room() < 0 {
+            let Some(last) = self.learned.without(&config.pinned).last() else {
+                break;
+            };
+            self.learned.remove(last);
+        }
+        self.learned != before
+    }
+
+    fn pinned(&self) -> Set {
+        let never = self.barred.or(&self.config.forbidden);
+        self.config.pinned.without(&never)
+    }
+
+    /// How many more fields may join; those that may come back have their places.
+    fn room(&self) -> isize {
+        let used = self.learned.or(&self.trial).or(&self.group.aside).len();
+        isize::from(self.config.budget) - used as isize
+    }
+
     /// L1's access to `field`, which may be shadowed, has cost an exit. `true` if the field has
-    /// just joined. Costly fields only pay together.
+    /// just joined, perhaps with others.
     pub fn touched(&mut self, field: u8, costly: bool) -> bool {
-        if self.learned.has(field) || self.barred.has(field) {
+        if self.learned.has(field)
+            || self.barred.has(field)
+            || self.config.forbidden.has(field)
+            || usize::from(field) >= FIELDS
+        {
             return false;
         }
-        let Some(count) = self.touches.get_mut(field as usize) else {
+        self.awake = true;
+        let pays = self.pays(field);
+        let tried = self.trial.has(field);
+        if costly {
+            self.group.all.insert(field);
+            self.group.touches = self.group.touches.saturating_add(1);
+        }
+        let has_place = tried || self.group.aside.has(field);
+        if costly && !self.group.is_in {
+            if tried || (pays && (has_place || self.room() > 0)) {
+                self.trial.remove(field);
+                self.group.aside.insert(field);
+            }
+            return self.group_joins();
+        }
+        if !has_place && !(pays && self.make_place(field)) {
+            return false;
+        }
+        self.join(field);
+        true
+    }
+
+    /// Whether there is, or now is, a place for `field`.
+    fn make_place(&mut self, field: u8) -> bool {
+        if self.room() > 0 {
+            return true;
+        }
+        match self.learned.without(&self.config.pinned).last() {
+            Some(last) if last > field => {
+                self.learned.remove(last);
+                self.room() > 0
+            }
+            _ => false,
+        }
+    }
+
+    /// Notes the touch. Whether the field is touched often enough.
+    fn pays(&mut self, field: u8) -> bool {
+        let at = usize::from(field);
+        let (Some(seen), Some(times)) = (self.seen.get_mut(at), self.times.get_mut(at)) else {
             return false;
         };
-        *count = count.saturating_add(1);
-        self.costly = self.costly.saturating_add(u16::from(costly));
-        let pays = !costly || self.costly >= JOIN_COSTLY;
-        let tried = self.trial.has(field);
-        let wanted = tried || (*count >= JOIN && pays);
-        if !wanted || self.learned.len() >= self.budget as usize {
+        let gap = self.now.wrapping_sub(*seen);
+        if gap != 0 {
+            *times = 0;
+        }
+        *times = times.saturating_add(1);
+        *seen = self.now;
+        let window = u32::from(self.config.window);
+        (1..=window).contains(&gap) || u16::from(*times) >= self.config.burst().clamp(2, 8)
+    }
+
+    fn join(&mut self, field: u8) {
+        self.learned.insert(field);
+        if self.trial.has(field) {
+            self.trial.remove(field);
+            if self.trial.is_empty() {
+                self.trial_ends(0);
+            }
+        } else if self.group.aside.has(field) {
+            self.group.aside.remove(field);
+        } else {
+            // Other habits than before.
+            self.interval = self.config.trial();
+            if self.trial.is_empty() {
+                self.wait = self.wait.min(self.interval);
+            }
+        }
+    }
+
+    /// Lets the costly fields in if they are touched often enough.
+    fn group_joins(&mut self) -> bool {
+        let group = &mut self.group;
+        if group.touches < self.config.burst() {
             return false;
         }
-        if tried {
-            // Habits are as they were.
-            self.trial.remove(field);
-            self.trial_size = 1;
-            self.next_trial = TRIAL;
-        }
-        *count = 0;
-        self.learned.insert(field);
-        true
+        group.interval = if group.on_trial {
+            let most = self.config.window.saturating_mul(GROUP_TRIAL);
+            group.interval.saturating_mul(2).min(most)
+        } else {
+            self.config.trial()
+        };
+        group.is_in = true;
+        group.on_trial = false;
+        group.wait = group.interval;
+        let joins = !group.aside.is_empty();
+        self.learned = self.learned.or(&group.aside);
+        group.aside = Set::EMPTY;
+        joins
     }
 
     /// L1 has entered its guest and come back. `true` if fields have just left, for a trial.
     pub fn switched(&mut self) -> bool {
-        self.switches = (self.switches + 1) % FADE;
-        self.next_trial = self.next_trial.saturating_sub(1);
-        if self.switches != 0 {
-            return false;
+        self.now = self.now.wrapping_add(1);
+        let group = self.switched_group();
+        self.wait = self.wait.saturating_sub(1);
+        if self.wait != 0 {
+            return group;
         }
-        self.touches.iter_mut().for_each(|t| *t /= 2);
-        self.costly /= 2;
         if !self.trial.is_empty() {
-            // Not touched since: they stay out. If all of them do, more may.
-            let all = self.trial.len() == self.trial_size;
+            // Not touched since: they stay out.
+            let failed = self.trial.len() as u8;
             self.trial = Set::EMPTY;
-            if all {
-                self.trial_size = (self.trial_size * 2).min(FIELDS);
-                self.next_trial = 0;
+            self.trial_ends(failed);
+            if self.wait != 0 {
+                return group;
             }
         }
-        if self.next_trial != 0 || self.learned.is_empty() {
-            return false;
+        if self.group.on_trial {
+            // Else the turn of those that are out now would be passed over.
+            self.wait = 1;
+            return group;
         }
-        self.next_trial = TRIAL;
-        self.trial_size = self.trial_size.min(self.learned.len());
-        for _ in 0..self.trial_size {
-            let Some(field) = self.learned.after(self.last_trial) else {
+        self.start_trial() || group
+    }
+
+    /// A trial is over, with `failed` fields that were not touched.
+    fn trial_ends(&mut self, failed: u8) {
+        self.wait = 0;
+        if failed == 0 {
+            self.trial_size = 1;
+            self.wait = self.interval;
+            let most = self.config.window.saturating_mul(TRIAL);
+            self.interval = self.interval.saturating_mul(2).min(most);
+            return;
+        }
+        self.interval = self.config.trial();
+        if failed >= self.tried.div_ceil(2) {
+            self.trial_size = (self.trial_size * 2).min(TRIAL_SIZE);
+        }
+    }
+
+    fn start_trial(&mut self) -> bool {
+        let mut from = self.learned.without(&self.config.pinned);
+        self.tried = 0;
+        while self.tried < self.trial_size {
+            let Some(field) = from.after(self.last_trial) else {
                 break;
             };
+            from.remove(field);
             self.learned.remove(field);
             self.last_trial = field;
             self.trial.insert(field);
+            self.tried += 1;
         }
-        true
+        let any = self.tried != 0;
+        self.wait = if any {
+            self.config.window
+        } else {
+            self.config.trial()
+        };
+        any
+    }
+
+    /// Counts the costly fields' windows. `true` if they have just left.
+    fn switched_group(&mut self) -> bool {
+        let group = &mut self.group;
+        group.wait = group.wait.saturating_sub(1);
+        if group.wait != 0 {
+            return false;
+        }
+        group.wait = self.config.window;
+        group.touches = 0;
+        if !group.is_in {
+            // A window without enough of them.
+            group.aside = Set::EMPTY;
+            group.on_trial = false;
+            return false;
+        }
+        let leave = self.learned.and(&group.all).without(&self.config.pinned);
+        group.is_in = false;
+        group.on_trial = true;
+        group.aside = leave;
+        self.learned = self.learned.without(&leave);
+        !leave.is_empty()
     }
 
     /// `field` cannot be shadowed on this processor: it leaves and never comes back.
     pub fn bar(&mut self, field: u8) {
         self.learned.remove(field);
+        self.trial.remove(field);
+        self.group.aside.remove(field);
         self.barred.insert(field);
     }
 }
@@ -188,6 +400,13 @@ impl Learner {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const WINDOW: usize = Config::new(0).window as usize;
+    const LONG: usize = WINDOW * TRIAL as usize;
+
+    fn learner(budget: u8) -> Learner {
+        Learner::new(Config::new(budget))
+    }
 
     /// Runs `switches` switches in which L1 touches `fields` once each; returns the exits it took.
     fn run(learner: &mut Learner, fields: &[u8], switches: usize) -> usize {
@@ -204,36 +423,61 @@ mod tests {
         exits
     }
 
+    fn fields_of(learner: &Learner) -> Vec<u8> {
+        learner.learned().or(&learner.on_trial()).iter().collect()
+    }
+
     #[test]
     fn learns_what_is_touched_again_and_again() {
-        let mut learner = Learner::new(64);
+        let mut learner = learner(64);
         let fields: Vec<u8> = (10..50).collect();
-        assert_eq!(run(&mut learner, &fields, 4), 40 * JOIN as usize);
-        // From then on one trial in TRIAL switches costs one exit.
-        assert!(run(&mut learner, &fields, 1024) <= 1024 / TRIAL as usize);
+        assert_eq!(run(&mut learner, &fields, 4), 40 * 2);
+        // Later on one trial in so many switches costs one exit.
+        run(&mut learner, &fields, 1024);
+        assert!(run(&mut learner, &fields, 1024) <= 1024 / LONG + 1);
+    }
+
+    #[test]
+    fn a_loop_without_switches_is_learned() {
+        let mut learner = learner(64);
+        let exits = (0..100).filter(|_| {
+            let exit = !learner.learned().has(5);
+            learner.touched(5, false);
+            exit
+        });
+        assert_eq!(exits.count(), 8);
     }
 
     #[test]
     fn forgets_what_is_no_longer_touched() {
-        let mut learner = Learner::new(64);
+        let mut learner = learner(64);
         run(&mut learner, &[1, 2, 3], 10);
-        run(&mut learner, &[3], 10 * TRIAL as usize);
-        assert_eq!(learner.learned().iter().collect::<Vec<_>>(), [3]);
+        run(&mut learner, &[3], 3 * LONG);
+        assert_eq!(fields_of(&learner), [3]);
     }
 
     #[test]
     fn a_new_phase_is_followed_soon() {
-        let mut learner = Learner::new(96);
+        let mut learner = learner(96);
         run(&mut learner, &(0..90).collect::<Vec<_>>(), 1000);
-        assert_eq!(learner.learned().len(), 90);
+        assert_eq!(fields_of(&learner).len(), 90);
         let log2 = 7;
-        run(&mut learner, &[100], (TRIAL + FADE * (2 + log2)) as usize);
-        assert_eq!(learner.learned().iter().collect::<Vec<_>>(), [100]);
+        run(&mut learner, &[100], LONG + WINDOW * (1 + log2));
+        assert_eq!(fields_of(&learner), [100]);
+    }
+
+    #[test]
+    fn a_phase_that_keeps_half_is_followed_within_a_trial_of_each() {
+        let mut learner = learner(96);
+        run(&mut learner, &(0..90).collect::<Vec<_>>(), 1000);
+        let kept: Vec<u8> = (0..90).step_by(2).collect();
+        run(&mut learner, &kept, 90 * (LONG + WINDOW));
+        assert_eq!(fields_of(&learner), kept);
     }
 
     #[test]
     fn costly_fields_join_when_they_pay_together() {
-        let mut learner = Learner::new(96);
+        let mut learner = learner(96);
         // One alone, touched on every eighth switch, never pays.
         for n in 0..1000 {
             if n % 8 == 0 {
@@ -251,15 +495,15 @@ mod tests {
             }
             learner.switched();
         }
-        assert!(learner.learned().len() >= 39);
+        assert_eq!(fields_of(&learner).len(), 40);
     }
 
     #[test]
     fn rare_touches_are_not_worth_it() {
-        let mut learner = Learner::new(64);
+        let mut learner = learner(64);
         for _ in 0..100 {
             learner.touched(7, false);
-            (0..2 * FADE).for_each(|_| {
+            (0..=WINDOW).for_each(|_| {
                 learner.switched();
             });
         }
@@ -267,9 +511,26 @@ mod tests {
     }
 
     #[test]
-    fn the_budget_holds() {
-        let mut learner = Learner::new(5);
-        run(&mut learner, &(0..100).collect::<Vec<_>>(), 50);
-        assert_eq!(learner.learned().len(), 5);
+    fn the_budget_holds_for_the_lowest_numbers() {
+        let mut learner = learner(5);
+        let fields: Vec<u8> = (0..100).rev().collect();
+        run(&mut learner, &fields, 50);
+        assert_eq!(fields_of(&learner), [0, 1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn a_pinned_field_is_always_there_and_a_forbidden_one_never() {
+        let mut learner = learner(4);
+        run(&mut learner, &[1, 2, 3], 10);
+        let mut config = Config::new(4);
+        config.pinned.insert(9);
+        config.forbidden.insert(2);
+        assert!(learner.configure(config));
+        run(&mut learner, &[1, 2], 4 * LONG);
+        assert!(learner.learned().has(9) && !learner.learned().has(2));
+        assert_eq!(fields_of(&learner), [1, 9]);
+        learner.configure(Config::new(4));
+        run(&mut learner, &[1, 2], 4 * LONG);
+        assert_eq!(fields_of(&learner), [1, 2]);
     }
 }

@@ -5,10 +5,12 @@
 pub mod ahead;
 pub mod btf;
 pub mod ept;
+pub mod knob;
 pub mod learn;
 pub mod masks;
 pub mod mode;
 pub mod operand;
 pub mod segments;
+pub mod set;
 pub mod ways;
 pub mod window;

@@ -2,7 +2,7 @@
 //! `policy::window` and `policy::ahead` against guests that touch memory in various orders.
 
 use policy::{
-    ahead::Ahead,
+    ahead::{Ahead, MOST},
     window::{Window, MAX, MIN},
 };
 use proptest::prelude::*;
@@ -120,7 +120,7 @@ proptest! {
         let mut page = start;
         let mut end = None;
         for step in steps {
-            let count = u64::from(ahead.fault(page));
+            let count = u64::from(ahead.fault(page, MOST));
             prop_assert_eq!(page / 512, (page + count) / 512);
             prop_assert!(count == 0 || end == Some(page));
             prop_assert!(count < 128);
@@ -135,7 +135,7 @@ proptest! {
         let mut ahead = Ahead::new();
         for page in pages {
             // Odd pages only: no page follows another.
-            prop_assert_eq!(ahead.fault(page | 1), 0);
+            prop_assert_eq!(ahead.fault(page | 1, MOST), 0);
         }
     }
 }
@@ -143,11 +143,11 @@ proptest! {
 #[test]
 fn ahead_goes_on_after_what_was_mapped() {
     let mut ahead = Ahead::new();
-    assert_eq!(ahead.fault(0), 0);
-    assert_eq!(ahead.fault(1), 1);
-    assert_eq!(ahead.fault(3), 3);
-    assert_eq!(ahead.fault(7), 7);
+    assert_eq!(ahead.fault(0, MOST), 0);
+    assert_eq!(ahead.fault(1, MOST), 1);
+    assert_eq!(ahead.fault(3, MOST), 3);
+    assert_eq!(ahead.fault(7, MOST), 7);
     // Only two of the seven were there.
     ahead.stopped(7, 2);
-    assert_eq!(ahead.fault(10), 15);
+    assert_eq!(ahead.fault(10, MOST), 15);
 }

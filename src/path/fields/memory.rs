@@ -3,13 +3,21 @@
 
 use super::{
     extension::{drops_reserved, Extension},
+    knobs,
     lists::{for_each_width, Bitmap, Entry},
     BUDGET,
 };
 use crate::{
-    kvm::{fields::FIELDS, nested::Pages, vmx, Vcpu, Vmcs12},
-    path::{vmptrld::Regions, Counters},
-    policy::learn::{Learner, Set},
+    kvm::{
+        fields::{Class, Number, FIELDS},
+        nested::Pages,
+        vmx, Vcpu, Vmcs12,
+    },
+    path::{learned::Published, vmptrld::Regions, Counters},
+    policy::{
+        learn::{Config, Learner},
+        set::Set,
+    },
 };
 use core::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use kernel::{current, prelude::*, sync::SpinLock};
@@ -20,6 +28,8 @@ pub(crate) struct Shared {
     pub(super) extended: AtomicBool,
     /// The thread that ran the vCPU last, by its number in the initial namespace.
     pub(super) thread: AtomicI32,
+    /// What is shadowed beside the stock list.
+    pub(crate) learned: Published,
 }
 
 impl Shared {
@@ -27,6 +37,7 @@ impl Shared {
         Self {
             extended: AtomicBool::new(false),
             thread: AtomicI32::new(0),
+            learned: Published::new(),
         }
     }
 
@@ -49,6 +60,10 @@ impl Shared {
 /// What is kept for one vCPU.
 pub(crate) struct Memory {
     pub(super) learner: Learner,
+    /// Which of the administrator's rules the learner has; 0 if others may be due.
+    rules: u32,
+    /// Fields that KVM was found to know.
+    known: Set,
     pub(super) extension: Option<Pin<KBox<Extension>>>,
     /// The stock bitmaps could not be explained: nothing is ever learned.
     pub(super) unfit: bool,
@@ -63,13 +78,73 @@ pub(crate) struct Memory {
 
 impl Memory {
     pub(crate) const NEW: Memory = Memory {
-        learner: Learner::new(BUDGET),
+        learner: Learner::new(Config::new(BUDGET)),
+        rules: 0,
+        known: Set::EMPTY,
         extension: None,
         unfit: false,
         stale: true,
         checking: false,
         written: Set::EMPTY,
     };
+
+    /// Whether a field of this class may be shadowed for this L1.
+    pub(super) fn may_shadow(&self, vcpu: Vcpu, class: Class) -> bool {
+        let drops_reserved = || {
+            self.extension
+                .as_ref()
+                .is_some_and(|e| e.drops_reserved == Some(true))
+        };
+        match class {
+            _ if self.unfit => false,
+            Class::Plain | Class::Late => true,
+            Class::AccessRights | Class::LateAccessRights => drops_reserved(),
+            Class::ExitInformation => vcpu.may_write_any_field(),
+            Class::Seen => false,
+        }
+    }
+
+    /// Whether KVM knows the field; one that it does not know is never shadowed.
+    pub(super) fn knows(&mut self, number: Number) -> bool {
+        if self.known.has(number) {
+            return true;
+        }
+        let knows = super::kvm_knows(number);
+        if knows {
+            self.known.insert(number);
+        } else {
+            self.learner.bar(number);
+        }
+        knows
+    }
+
+    /// What follows from the vCPU's configuration must be found out anew.
+    pub(crate) fn reconsider(&mut self) {
+        self.rules = 0;
+    }
+
+    /// Follows the administrator's rules. The learned set may change.
+    #[inline(always)]
+    pub(super) fn obey(&mut self, vcpu: Vcpu) {
+        if self.rules != knobs::generation() {
+            self.follow(vcpu);
+        }
+    }
+
+    #[cold]
+    fn follow(&mut self, vcpu: Vcpu) {
+        let (mut config, rules) = knobs::rules();
+        self.rules = rules;
+        for (number, field) in (0..).zip(FIELDS) {
+            if !self.may_shadow(vcpu, field.class) {
+                // L1's rights may have changed since the field was learned.
+                config.forbidden.insert(number);
+            } else if config.pinned.has(number) && !self.knows(number) {
+                config.pinned.remove(number);
+            }
+        }
+        self.stale |= self.learner.configure(config);
+    }
 
     /// Whether vmcs12 has what L1 writes to learned fields, as in mode `check`.
     pub(crate) fn is_checking(&self) -> bool {
@@ -116,7 +191,7 @@ impl Memory {
         };
         let shadow = vmx::physical(pages.shadow.cast());
         let base = pages.vmcs12.cast::<u8>();
-        let mut changed = false;
+        let (mut changed, mut saved) = (false, 0);
         // SAFETY: By this function's contract; the loaded VMCS is made current again below, as in
         // KVM's own copy_shadow_to_vmcs12(). Entries have offsets of fields of vmcs12 with their
         // widths.
@@ -137,6 +212,7 @@ impl Memory {
                     let old = at.read_unaligned();
                     if value as Word != old {
                         if !self.checking {
+                            saved += 1;
                             changed |= e.matters;
                             at.write_unaligned(value as Word);
                         } else if !self.written.has(e.number) {
@@ -151,6 +227,8 @@ impl Memory {
         if self.checking {
             count.checked.bump();
         }
+        // Each took a VMWRITE that did not exit. Reads, and further writes, leave no trace.
+        count.saved_exits.add(saved);
         changed
     }
 
@@ -170,6 +248,7 @@ impl Memory {
     ) {
         if self.must_rebuild(check) {
             self.rebuild(check);
+            shared.learned.publish(self.learner.learned());
         }
         let (Some(ext), Some(shadow)) = (self.extension.as_mut(), vcpu.shadow_vmcs()) else {
             return;
@@ -189,6 +268,7 @@ impl Memory {
             }
             if ext.drops_reserved.is_none() {
                 ext.drops_reserved = Some(drops_reserved());
+                self.rules = 0;
             }
             for_each_width!(ext.stock_rw, |e: Word| {
                 let value = base.add(e.offset as usize).cast::<Word>().read_unaligned();
@@ -348,7 +428,9 @@ impl Memory {
         if done == Some(true) {
             self.extension = None;
             self.stale = true;
-            self.learner = Learner::new(BUDGET);
+            self.learner = Learner::new(Config::new(BUDGET));
+            self.rules = 0;
+            shared.learned.publish(self.learner.learned());
             shared.extended.store(false, Ordering::Release);
         }
     }

@@ -20,9 +20,11 @@
 //! vmcs02 are fetched before each copy to the shadow VMCS while one of them is learned.
 
 pub(super) mod extension;
+mod knobs;
 pub(super) mod lists;
 mod memory;
 
+pub(crate) use knobs::init;
 pub(crate) use memory::{Memory, Shared};
 
 use super::Path;
@@ -30,7 +32,7 @@ use crate::{
     bindings,
     hook::{CallId, Continuation, HookId, InFlight, Verdict},
     kvm::{
-        fields::{self, Class, Number, FIELDS},
+        fields::{self, Number, FIELDS},
         vmx, Vcpu,
     },
     policy::mode::Mode,
@@ -69,6 +71,7 @@ pub(super) const PATH: Path = Path {
     drain: Some(drain),
     drain_hooks: &[HookId::ENTER_GUEST],
     reasons: &["no_state", "unknown_field", "never", "learning", "evmcs"],
+    knobs: &knobs::FILES,
 };
 
 /// Why an access of L1 was left to the stock code; names in `PATH.reasons`.
@@ -176,6 +179,7 @@ extern "C" fn mtk_on_sync_shadow(vcpu: *mut bindings::kvm_vcpu, _cont: Continuat
             }
             return None;
         }
+        memory.obey(vcpu);
         memory.stale |= memory.learner.switched();
         if memory.must_rebuild(mode == Mode::Check) {
             // SAFETY: L1 is about to run here, so the vCPU is loaded by this task.
@@ -279,20 +283,7 @@ fn accessed(raw: *mut bindings::kvm_vcpu, write: bool, cont: Continuation) -> Ve
         let Some(class) = FIELDS.get(number as usize).map(|f| f.class) else {
             return true;
         };
-        let drops_reserved = || {
-            memory
-                .extension
-                .as_ref()
-                .is_some_and(|e| e.drops_reserved == Some(true))
-        };
-        let may_be_learned = match class {
-            _ if memory.unfit => false,
-            Class::Plain | Class::Late => true,
-            Class::AccessRights | Class::LateAccessRights => drops_reserved(),
-            Class::ExitInformation => vcpu.may_write_any_field(),
-            Class::Seen => false,
-        };
-        if !may_be_learned {
+        if !memory.may_shadow(vcpu, class) {
             count.fall_back(Reason::Never as usize);
             return memory.unfit || memory.extension.is_some();
         }
@@ -300,12 +291,11 @@ fn accessed(raw: *mut bindings::kvm_vcpu, write: bool, cont: Continuation) -> Ve
             memory.written.insert(number);
         }
         count.fall_back(Reason::Learning as usize);
+        if !memory.knows(number) {
+            return true;
+        }
         if memory.learner.touched(number, class.is_late()) {
             memory.stale = true;
-            if !kvm_knows(number) {
-                memory.learner.bar(number);
-                return true;
-            }
             // Without an extension the shadow VMCS has what the stock code put there, and the copy
             // that makes vmcs12 newer is the stock code's to make: wait for the next switch.
             if memory.extension.is_some() && counters.fields.is_extended() {

@@ -18,7 +18,10 @@ use crate::{
         },
         Counters,
     },
-    policy::{learn::Learner, masks::Words},
+    policy::{
+        learn::{Config, Learner},
+        masks::Words,
+    },
 };
 use kernel::{new_spinlock, prelude::*, sync::SpinLock};
 use pin_init::{init_from_closure, Init};
@@ -90,7 +93,7 @@ pub(crate) struct Memory {
 
 impl Memory {
     pub(crate) const NEW: Memory = Memory {
-        learner: Learner::new(BUDGET),
+        learner: Learner::new(Config::new(BUDGET)),
         tables: None,
         stale: true,
         serving: false,

@@ -17,7 +17,7 @@ mod memory;
 
 pub(crate) use memory::Memory;
 
-use super::{CounterSet, Counters, Local, Path};
+use super::{learned::Published, CounterSet, Counters, Local, Path};
 use crate::{
     bindings,
     hook::{CallId, Continuation, HookId, InFlight, Verdict},
@@ -55,6 +55,7 @@ pub(super) const PATH: Path = Path {
     drain: Some(drain),
     drain_hooks: &[HookId::ENTER_GUEST],
     reasons: &["no_memory", "unknown_field", "never", "learning"],
+    knobs: &[],
 };
 
 /// Why an access of L2 was left to the stock code; names in `PATH.reasons`.
@@ -73,12 +74,15 @@ enum Reason {
 /// What another thread may know about a vCPU.
 pub(crate) struct Shared {
     serving: AtomicBool,
+    /// What L2 is served, if anything.
+    pub(crate) learned: Published,
 }
 
 impl Shared {
     pub(crate) const fn new() -> Self {
         Self {
             serving: AtomicBool::new(false),
+            learned: Published::new(),
         }
     }
 
@@ -96,6 +100,10 @@ fn mode() -> Mode {
 
 fn publish(local: &Local, shared: &CounterSet) {
     let serving = local.l2fields.is_serving();
+    shared
+        .l2fields
+        .learned
+        .publish(local.l2fields.learner.learned());
     if shared.l2fields.serving.load(Ordering::Relaxed) != serving {
         // Whoever gives the vCPU back may have to send its thread out of KVM_RUN.
         shared.fields.note_thread();
@@ -161,7 +169,7 @@ pub(super) fn renew(vcpu: Vcpu, _section: &InFlight) {
 /// Whether VMLAUNCH or VMRESUME concerns this path.
 #[inline(always)]
 pub(super) fn has_learned(local: &Local) -> bool {
-    local.l2fields.is_serving() || !local.l2fields.learner.learned().is_empty()
+    local.l2fields.is_serving() || !local.l2fields.learner.is_idle()
 }
 
 /// L1 has made a VMLAUNCH or VMRESUME, which is yet to be carried out.

@@ -12,7 +12,7 @@ use crate::{
     path::{CounterSet, Counters},
     policy::{
         ept::{self, Page, Rights},
-        window::{self, Block, MAX, MIN},
+        window::{self, Block, MIN},
     },
 };
 use core::{
@@ -198,7 +198,7 @@ pub(super) fn around(vcpu: Vcpu, memory: &mut Memory, counters: &CounterSet, gpa
         counters.fall_back(Reason::Unusual as usize);
         return;
     }
-    let (block, due) = memory.window.fault(gpa >> 12, MAX);
+    let (block, due) = memory.window.fault(gpa >> 12, super::limit());
     if due.count != 0 {
         if let Some((used, present)) = used(vcpu, &due) {
             memory.window.judge(used, present);

@@ -22,10 +22,16 @@ use crate::{
     bindings,
     hook::{CallId, Continuation, HookId, InFlight, Verdict},
     kvm::{ept02::PageFault, Vcpu},
-    policy::{mode::Mode, window::Window},
+    policy::{
+        knob,
+        mode::Mode,
+        window::{Window, MAX, MIN},
+    },
     state,
+    sysfs::Attribute,
 };
-use kernel::c_str;
+use core::sync::atomic::{AtomicU8, Ordering};
+use kernel::{c_str, prelude::*};
 
 /// This path's number in `PATHS`.
 const NUMBER: usize = 4;
@@ -41,6 +47,7 @@ pub(super) const PATH: Path = Path {
     ],
     drain: None,
     drain_hooks: &[],
+    knobs: &FILES,
     reasons: &[
         "no_memory",
         "no_table",
@@ -50,6 +57,27 @@ pub(super) const PATH: Path = Path {
         "unusual",
     ],
 };
+
+/// Base-2 logarithm of the most entries that are filled around a fault.
+static LIMIT: AtomicU8 = AtomicU8::new(MAX);
+
+static FILES: [Attribute; 1] = [Attribute::knob(
+    c"window",
+    |out| writeln!(out, "{}", 1u16 << limit()),
+    |text| {
+        let entries = knob::number(text).filter(|n| n.is_power_of_two());
+        let log2 = entries.ok_or(EINVAL)?.trailing_zeros() as u8;
+        if !(MIN..=MAX).contains(&log2) {
+            return Err(EINVAL);
+        }
+        LIMIT.store(log2, Ordering::Relaxed);
+        Ok(())
+    },
+)];
+
+fn limit() -> u8 {
+    LIMIT.load(Ordering::Relaxed)
+}
 
 /// Why a fault, or the resumption after one, was left to the stock code; names in `PATH.reasons`.
 #[derive(Clone, Copy)]

@@ -68,6 +68,7 @@ pub(super) const PATH: Path = Path {
     drain: Some(drain),
     drain_hooks: &[HookId::HANDLE_EXIT],
     reasons: &["not_extended", "operand", "invalid", "no_memory", "stock"],
+    knobs: &[],
 };
 
 /// Why a VMPTRLD or VMCLEAR was left to the stock code; names in `PATH.reasons`.
