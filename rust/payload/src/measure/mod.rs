@@ -4,6 +4,8 @@
 mod ops;
 mod touch;
 
+pub use touch::fill_order;
+
 use protocol::op::parse_list;
 use protocol::{backdoor, stats, Config, Op, OpSpec, PayloadInfo, Row, Sample, Summary};
 

@@ -231,7 +231,7 @@ impl Meter {
 }
 
 /// Writes each page number once, in the pattern's order.
-fn fill_order(order: &mut [u32], pattern: Pattern) {
+pub fn fill_order(order: &mut [u32], pattern: Pattern) {
     let pages = order.len();
     match pattern {
         Pattern::Sequential => (0..pages).for_each(|at| order[at] = at as u32),
