@@ -228,6 +228,8 @@ impl Edits {
 
     /// After an INVEPT: everything must be as the tables say, and is in the log.
     fn settled(&mut self, centre: u64) -> Result<(), VmxError> {
+        // Where a write went that found an old entry is nobody's business any more.
+        self.world.fill();
         self.world.sum = 0;
         while !self.toucher.full() {
             let page = (centre + self.numbers.below(32) as u64) % PAGES;
