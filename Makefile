@@ -68,7 +68,7 @@ keep = status=$$?; [ ! -f $(OUT)/$@/bench.json ] || { mv $(OUT)/$@/bench.json $(
 	echo 'written to out/bench.json'; }; exit $$status
 
 run: build
-	@$(call emu,run) -- matryoshka bench --depth $(DEPTHS) --config $(CONFIGS) --ops $(OPS) --json /out/bench.json; $(keep)
+	@$(call emu,run) -- matryoshka bench --depth $(DEPTHS) --config $(CONFIGS) --ops $(OPS) --pattern sequential --pages 512 --json /out/bench.json; $(keep)
 
 # With no choice made, bench measures every operation and run the few that tell most.
 ALL_OPS = $(if $(filter file,$(origin OPS)),every,$(OPS))

@@ -7,11 +7,17 @@ use std::time::Duration;
 use clap::Args;
 use protocol::{Config, Op, Pattern};
 use vmm::files::{Files, DIR};
-use vmm::stack::{Local, MAX_DEPTH};
+use vmm::stack::{Local, MAX_DEPTH, TOUCH_PAGES};
+
+use crate::plan::{self, Amount};
 
 const HELP: &str = "Examples:
   matryoshka bench                                    depths 1 to 3, stock against the module
   matryoshka bench --depth 2 --ops hypercall,cpuid    two operations executed by L2
+  matryoshka bench --depth 2 --ops touch_warm,touch_cold --config stock,l0
+                                                      first touches, in every order
+  matryoshka bench --depth 2,3 --ops boot --config stock,l0,all
+                                                      a Linux guest from its first instruction to init
   matryoshka bench --record counts.json               keep the counts ...
   matryoshka bench --compare counts.json              ... and fail if they are others later
   matryoshka bench --test --depth 1 --log out         the payload's correctness tests instead
@@ -37,19 +43,30 @@ pub struct BenchArgs {
 
     /// Operations, or `every`: hypercall, hypercall_lean, hypercall_ept, kvm_hypercall, cpuid, pio,
     /// vmread_shadowed, vmread_unshadowed, vmwrite_unshadowed, vmptrld_same, vmptrld_switch,
-    /// vmclear_vmptrld, touch_warm, touch_reflected, touch_unmapped, touch_cold
+    /// vmclear_vmptrld, touch_warm, touch_reflected, touch_unmapped, touch_cold, boot
     #[arg(long, value_delimiter = ',', value_parser = parse_ops, value_name = "OP,...",
         default_value = "hypercall,cpuid,vmread_unshadowed,vmptrld_switch,touch_cold")]
     pub ops: Vec<Ops>,
 
-    /// Orders in which touch operations visit their pages: sequential, random, strided
-    #[arg(long, value_delimiter = ',', default_value = "sequential", value_parser = parse_pattern,
-        value_name = "PATTERN,...")]
+    /// Orders in which touch operations visit their pages: sequential, random, strided, and sparse
+    /// (every 8th page of a region as much larger)
+    #[arg(long, value_delimiter = ',', default_value = "sequential,random,strided",
+        value_parser = parse_pattern, value_name = "PATTERN,...")]
     pub pattern: Vec<Pattern>,
 
-    /// Multiply the number of samples
+    /// Pages that a touch operation visits in each pass
+    #[arg(long, default_value_t = plan::PAGES, value_name = "PAGES",
+        value_parser = clap::value_parser!(u32).range(8..=TOUCH_PAGES as i64))]
+    pub pages: u32,
+
+    /// Multiply the number of samples (of touch operations: of passes)
     #[arg(long, default_value_t = 1.0, value_parser = parse_scale, value_name = "FACTOR")]
     pub scale: f64,
+
+    /// Boot a stack of its own for each configuration, so that the host's resident memory can be compared: a
+    /// guest gives back nothing of what another configuration made it use
+    #[arg(long)]
+    pub separate: bool,
 
     /// Write the results here as JSON
     #[arg(long, value_name = "FILE")]
@@ -69,7 +86,7 @@ pub struct BenchArgs {
 
     /// Run the payload's correctness tests in each configuration instead, at one depth, and compare
     /// their logs with the first configuration's
-    #[arg(long, conflicts_with_all = ["record", "compare", "json", "profile"])]
+    #[arg(long, conflicts_with_all = ["record", "compare", "json", "profile", "separate"])]
     pub test: bool,
 
     /// Groups of tests for --test
@@ -131,6 +148,14 @@ impl BenchArgs {
             .into_iter()
             .filter(|op| every || self.ops.contains(&Ops::One(*op)))
             .collect()
+    }
+
+    /// How much of each operation.
+    pub fn amount(&self) -> Amount {
+        Amount {
+            scale: self.scale,
+            pages: self.pages,
+        }
     }
 
     /// The depths, each once, upwards.

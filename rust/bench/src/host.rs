@@ -19,6 +19,13 @@ pub fn cpu_model() -> String {
     model.unwrap_or_else(|| "unknown".into())
 }
 
+/// Resident memory of this process, the VMM of L1 and of all that is inside it, in KiB.
+pub fn resident_kib() -> Option<u64> {
+    let pages = fs::read_to_string("/proc/self/statm").ok()?;
+    let resident: u64 = pages.split_ascii_whitespace().nth(1)?.parse().ok()?;
+    Some(resident * (vmm::memory::PAGE as u64 / 1024))
+}
+
 /// The emulator, if there is one: its start-up code says so in the kernel's command line.
 pub fn emulator(counts_instructions: bool) -> String {
     let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();

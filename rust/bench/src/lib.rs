@@ -7,6 +7,7 @@
 //! the last agree says that nothing else drifted.
 
 pub mod args;
+pub mod boot;
 pub mod code;
 pub mod compare;
 pub mod host;

@@ -5,19 +5,36 @@ use protocol::{Op, OpSpec, Pattern};
 
 /// What one level more multiplies a cost by, roughly (measured: 16 to 20).
 const PER_LEVEL: f64 = 18.0;
+/// The same for the touch of a page, part of which is work of the levels above.
+const PER_LEVEL_TOUCH: f64 = 8.0;
 /// Instructions that the samples of one operation may take in one round.
 const BUDGET: f64 = 40e6;
 /// Fewest and most samples.
 const SAMPLES: (f64, f64) = (9.0, 60.0);
-/// Most pages of a pass: what issue-sized claims are made about.
-const PAGES: f64 = 2048.0;
-/// Fewest pages: several leaf tables' worth of a fault-around window.
-const MIN_PAGES: f64 = 64.0;
-/// Passes of a touch operation.
-const PASSES: u32 = 3;
-/// Pages and passes where touching is cheap: as many pages in all, but passes so short that some fall between two
-/// timer ticks of all the levels. A tick costs as much as dozens of such pages.
-const WARM: (u32, u32) = (512, 12);
+/// Pages of a pass by default: four tables of the last level.
+pub const PAGES: u32 = 2048;
+/// Instructions that the passes of a touch operation may take in one round.
+const TOUCH_BUDGET: f64 = 1e9;
+/// Fewest and most passes of a touch operation. The first may find what no other finds, so that one is too few.
+const PASSES: (f64, f64) = (2.0, 3.0);
+
+/// How much of each operation.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Amount {
+    /// Multiplies the number of samples or passes.
+    pub scale: f64,
+    /// Pages of a pass.
+    pub pages: u32,
+}
+
+impl Default for Amount {
+    fn default() -> Amount {
+        Amount {
+            scale: 1.0,
+            pages: PAGES,
+        }
+    }
+}
 
 /// What an operation cost stock at the payload's level 1, in retired instructions: only for choosing
 /// sample counts and for the progress display.
@@ -39,8 +56,14 @@ fn cost(op: Op, level: u32) -> f64 {
         Op::TouchReflected => 23_000.0,
         Op::TouchUnmapped => 3_700.0,
         Op::TouchCold => 8_600.0,
+        // No payload's: see `boot`.
+        Op::Boot => 0.0,
     };
-    base * PER_LEVEL.powi(level as i32 - 1)
+    let per_level = match op.is_touch() {
+        true => PER_LEVEL_TOUCH,
+        false => PER_LEVEL,
+    };
+    base * per_level.powi(level as i32 - 1)
 }
 
 /// What one stack is to measure.
@@ -65,10 +88,10 @@ impl Stack {
 /// The stacks for `ops` executed at `depths`. An operation of the payload's child executes one level
 /// deeper than the payload. There is no child at depth 1, so there `hypercall` is the payload's own
 /// hypercall to KVM.
-pub fn stacks(ops: &[Op], depths: &[u32], patterns: &[Pattern], scale: f64) -> Vec<Stack> {
+pub fn stacks(ops: &[Op], depths: &[u32], patterns: &[Pattern], amount: Amount) -> Vec<Stack> {
     let mut stacks: Vec<Stack> = Vec::new();
     for &depth in depths {
-        for &op in ops {
+        for &op in ops.iter().filter(|&&op| op != Op::Boot) {
             let op = if depth == 1 && op == Op::Hypercall {
                 Op::KvmHypercall
             } else {
@@ -88,7 +111,7 @@ pub fn stacks(ops: &[Op], depths: &[u32], patterns: &[Pattern], scale: f64) -> V
                     });
                     stacks.len() - 1
                 });
-            for spec in specs(op, level, patterns, scale) {
+            for spec in specs(op, level, patterns, amount) {
                 if !stacks[at].specs.contains(&spec) {
                     stacks[at].cost += cost(op, level) * spec.count as f64 * spec.passes as f64;
                     stacks[at].specs.push(spec);
@@ -103,9 +126,10 @@ pub fn stacks(ops: &[Op], depths: &[u32], patterns: &[Pattern], scale: f64) -> V
     stacks
 }
 
-fn specs(op: Op, level: u32, patterns: &[Pattern], scale: f64) -> Vec<OpSpec> {
-    let affordable = BUDGET / cost(op, level);
+fn specs(op: Op, level: u32, patterns: &[Pattern], amount: Amount) -> Vec<OpSpec> {
+    let Amount { scale, pages } = amount;
     if !op.is_touch() {
+        let affordable = BUDGET / cost(op, level);
         let count = (affordable.clamp(SAMPLES.0, SAMPLES.1) * scale).clamp(1.0, 4096.0);
         return vec![OpSpec {
             op,
@@ -114,17 +138,12 @@ fn specs(op: Op, level: u32, patterns: &[Pattern], scale: f64) -> Vec<OpSpec> {
             passes: 1,
         }];
     }
-    // Whole leaf tables where they can be afforded, and always whole groups of eight.
-    let pages = (affordable * 3.0).clamp(MIN_PAGES, PAGES) * scale;
-    let pages = (pages as u32).max(8).next_multiple_of(8);
-    let (count, passes) = match op {
-        Op::TouchWarm => (pages.min(WARM.0), WARM.1),
-        _ => (pages, PASSES),
-    };
+    let affordable = TOUCH_BUDGET / (cost(op, level) * pages as f64);
+    let passes = (affordable.clamp(PASSES.0, PASSES.1) * scale).max(1.0) as u32;
     let spec = |&pattern| OpSpec {
         op,
         pattern: Some(pattern),
-        count,
+        count: pages,
         passes,
     };
     patterns.iter().map(spec).collect()
@@ -136,7 +155,12 @@ mod tests {
 
     #[test]
     fn children_execute_one_level_deeper() {
-        let stacks = stacks(&[Op::Hypercall, Op::Cpuid], &[1, 2, 3], &[], 1.0);
+        let stacks = stacks(
+            &[Op::Hypercall, Op::Cpuid],
+            &[1, 2, 3],
+            &[],
+            Amount::default(),
+        );
         let levels: Vec<_> = stacks
             .iter()
             .map(|stack| {
@@ -158,7 +182,7 @@ mod tests {
 
     #[test]
     fn deeper_takes_fewer_samples() {
-        let stacks = stacks(&[Op::Cpuid], &[1, 2, 3, 4], &[], 1.0);
+        let stacks = stacks(&[Op::Cpuid], &[1, 2, 3, 4], &[], Amount::default());
         let counts: Vec<_> = stacks.iter().map(|stack| stack.specs[0].count).collect();
         assert!(counts.is_sorted_by(|a, b| a >= b), "{counts:?}");
         assert!(counts[3] >= 9);
@@ -166,8 +190,14 @@ mod tests {
 
     #[test]
     fn touches_come_in_every_pattern() {
-        let stacks = stacks(&[Op::TouchCold], &[2], &Pattern::EVERY, 1.0);
-        assert_eq!(stacks[0].specs.len(), 3);
-        assert!(stacks[0].specs.iter().all(|spec| spec.count % 8 == 0));
+        let stacks = stacks(&[Op::TouchCold], &[2], &Pattern::EVERY, Amount::default());
+        assert_eq!(stacks[0].specs.len(), Pattern::EVERY.len());
+        assert!(stacks[0].specs.iter().all(|spec| spec.count == PAGES));
+        assert!(stacks[0].specs.iter().all(|spec| spec.passes >= 2));
+    }
+
+    #[test]
+    fn boots_are_not_the_payloads() {
+        assert_eq!(stacks(&[Op::Boot], &[2], &[], Amount::default()), []);
     }
 }

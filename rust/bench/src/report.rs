@@ -50,6 +50,9 @@ pub struct Row {
     /// Samples set aside because something else fell into them.
     #[serde(default)]
     pub disturbed: u32,
+    /// Resident memory of L0's VMM in KiB after this was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resident_kib: Option<u64>,
 }
 
 /// Minimum, median and maximum of the undisturbed samples.
@@ -105,6 +108,7 @@ impl From<&protocol::Row> for Row {
             },
             l0_exits: row.exits_milli.map(|milli| milli as f64 / 1000.0),
             disturbed: row.disturbed,
+            resident_kib: None,
         }
     }
 }

@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::path::Path;
 
-use protocol::{Command, Config, Line};
+use protocol::{Command, Config, Line, Op};
 use vmm::machine::Exit;
 use vmm::stack::{self, Handler, Inner, Spec};
 
@@ -13,8 +13,8 @@ use crate::compare::{self, Comparison};
 use crate::plan::{self, Stack};
 use crate::progress::Progress;
 use crate::report::{Report, Row, SCHEMA};
-use crate::table::table;
-use crate::{host, Code, Failure};
+use crate::table::{resident, table};
+use crate::{boot, host, Code, Failure};
 
 /// How far stock at the end of a stack may be off stock at its start, in per cent, before it is said.
 const DRIFT: f64 = 1.0;
@@ -98,7 +98,11 @@ impl<'a> Session<'a> {
                     true => &mut self.repeated,
                     false => &mut self.rows,
                 };
-                rows.push(Row::from(&row));
+                // The payload waits until its line has been taken.
+                rows.push(Row {
+                    resident_kib: host::resident_kib(),
+                    ..Row::from(&row)
+                });
             }
             Line::Start(op) => self.progress.operation(op),
             Line::Error(what) => {
@@ -106,6 +110,7 @@ impl<'a> Session<'a> {
                 self.errors.push(format!("L{} ({at}): {what}", self.level));
             }
             Line::Unknown(line) if line.contains("MTK hello") || line.contains("MTK tests") => {}
+            Line::Boot(_) => {}
             Line::Test(text) | Line::Unknown(text) | Line::Text(text) => {
                 self.progress.print(&format!("L{}| {text}", self.level));
             }
@@ -173,9 +178,13 @@ pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
         &args.operations(),
         &args.depths(),
         &args.pattern,
-        args.scale,
+        args.amount(),
     );
-    if stacks.is_empty() {
+    let boots = match args.operations().contains(&Op::Boot) {
+        true => args.depths(),
+        false => Vec::new(),
+    };
+    if stacks.is_empty() && boots.is_empty() {
         return Err(Failure(
             Code::Usage,
             "none of these operations exists at these depths".into(),
@@ -183,11 +192,12 @@ pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
     }
     need_module(args)?;
     let rounds = args.config.len() as f64 + 1.0;
-    let total = stacks
-        .iter()
-        .map(|stack| stack.cost * rounds + boot_weight(stack.level))
-        .sum();
-    let mut progress = Progress::new(total);
+    let total = stacks.iter().map(|stack| stack.cost * rounds).sum::<f64>()
+        + turns(args, &stacks)
+            .map(|(stack, ..)| boot_weight(stack.level))
+            .sum::<f64>();
+    let total_boots: f64 = boots.iter().map(|&depth| boot::weight(depth)).sum();
+    let mut progress = Progress::new(total + total_boots * rounds);
     let mut report = Report {
         schema: SCHEMA,
         kernel: host::kernel(),
@@ -198,17 +208,21 @@ pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
         stock_again: Vec::new(),
     };
     let (mut errors, mut counted, mut stopped) = (Vec::new(), false, None);
-    for stack in &stacks {
+    for (stack, configs, again) in turns(args, &stacks) {
         progress.boot(stack.level);
         let mut session = Session::new(
             stack.level,
-            &args.config,
+            configs,
             stack.cost,
             &mut progress,
             args.verbose,
         );
         let end = one_stack(args, stack, &mut session);
-        report.rows.append(&mut session.rows);
+        let rows = match again {
+            true => &mut report.stock_again,
+            false => &mut report.rows,
+        };
+        rows.append(&mut session.rows);
         report.stock_again.append(&mut session.repeated);
         errors.append(&mut session.errors);
         counted |= session.counted;
@@ -218,6 +232,16 @@ pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
         }
         progress.advance(boot_weight(stack.level));
     }
+    for &depth in &boots {
+        if stopped.is_some() {
+            break;
+        }
+        let (rows, again) = (&mut report.rows, &mut report.stock_again);
+        if let Err(failure) = boot::boots(args, depth, &mut progress, rows, again) {
+            stopped = Some(failure);
+        }
+    }
+    counted |= report.rows.iter().any(|row| row.l0_exits.is_some());
     drop(progress);
     report.emulator = host::emulator(counted);
     report.unit = if counted {
@@ -230,6 +254,7 @@ pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
     report.stock_again.sort_by_key(Row::order);
     // What was measured before a stack went wrong is still true.
     print!("{}", table(&report));
+    println!("{}", resident(&report, args.separate));
     for error in &errors {
         eprintln!("matryoshka: {error}");
     }
@@ -252,6 +277,24 @@ pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
         Code::Ok
     } else {
         Code::Failed
+    })
+}
+
+/// The stacks to boot, with what is to be measured in each, and whether that is stock once more: all
+/// configurations in one boot, or each in its own.
+fn turns<'a>(
+    args: &'a BenchArgs,
+    stacks: &'a [Stack],
+) -> impl Iterator<Item = (&'a Stack, &'a [Config], bool)> {
+    stacks.iter().flat_map(|stack| {
+        let whole = (!args.separate).then_some((stack, &args.config[..], false));
+        let each = args.config.chunks(1).filter(|_| args.separate);
+        let stock = &[Config::Stock][..];
+        let repeat = args.separate && args.config.len() > 1 && args.config.contains(&stock[0]);
+        whole
+            .into_iter()
+            .chain(each.map(move |config| (stack, config, false)))
+            .chain(repeat.then_some((stack, stock, true)))
     })
 }
 
@@ -326,7 +369,7 @@ pub fn profile(args: &BenchArgs) -> Result<Code, Failure> {
     else {
         return Err(Failure(Code::Usage, "--profile wants one --depth".into()));
     };
-    let stacks = plan::stacks(&[op], &[*depth], &args.pattern, 1.0);
+    let stacks = plan::stacks(&[op], &[*depth], &args.pattern, plan::Amount::default());
     let Some(stack) = stacks.first() else {
         let name = op.name();
         return Err(Failure(

@@ -3,6 +3,9 @@
 
 use std::fmt::Write;
 
+use protocol::Op;
+
+use crate::compare::title;
 use crate::report::{Report, Row};
 
 /// The table: each operation's configurations under each other, with what part of stock they cost.
@@ -17,7 +20,7 @@ pub fn table(report: &Report) -> String {
     );
     let _ = writeln!(
         text,
-        "{:<20} {:>5}  {:<6} {:>12} {:>12} {:>9} {:>9}",
+        "{:<23} {:>5}  {:<6} {:>12} {:>12} {:>9} {:>9}",
         "operation", "depth", "config", "minimum", "median", "L0 exits", "of stock"
     );
     let mut rows: Vec<&Row> = report.rows.iter().collect();
@@ -39,7 +42,7 @@ pub fn table(report: &Report) -> String {
         last = Some(head);
         let _ = writeln!(
             text,
-            "{name:<20} {depth:>5}  {:<6} {:>12} {:>12} {:>9} {:>9}",
+            "{name:<23} {depth:>5}  {:<6} {:>12} {:>12} {:>9} {:>9}",
             row.config,
             grouped(row.instructions.min),
             grouped(row.instructions.median),
@@ -49,6 +52,39 @@ pub fn table(report: &Report) -> String {
                 _ => String::new(),
             }
         );
+    }
+    text
+}
+
+/// One line about the resident memory of L0's VMM: how much, and the row that is furthest from stock's among
+/// those whose guest has known one configuration only (with `separate` all have).
+pub fn resident(report: &Report, separate: bool) -> String {
+    let mib = |kib: u64| kib as f64 / 1024.0;
+    let known = || report.rows.iter().filter_map(|row| row.resident_kib);
+    let (Some(least), Some(most)) = (known().min(), known().max()) else {
+        return "resident memory of the host's VMM: unknown".into();
+    };
+    let mut text = format!(
+        "resident memory of the host's VMM after each: {:.1} to {:.1} MiB",
+        mib(least),
+        mib(most)
+    );
+    let off = |row: &Row| {
+        let stock = report.rows.iter().find(|other| {
+            other.config == "stock"
+                && (&other.op, other.depth, &other.pattern) == (&row.op, row.depth, &row.pattern)
+        })?;
+        let (now, then) = (row.resident_kib? as f64, stock.resident_kib? as f64);
+        Some(100.0 * (now - then) / then.max(1.0))
+    };
+    let furthest = report
+        .rows
+        .iter()
+        .filter(|row| row.config != "stock" && (separate || row.op == Op::Boot.name()))
+        .filter_map(|row| Some((off(row)?, row)))
+        .max_by(|(a, _), (b, _)| a.abs().total_cmp(&b.abs()));
+    if let Some((off, row)) = furthest {
+        let _ = write!(text, "; furthest from stock: {off:+.2} % ({})", title(row));
     }
     text
 }

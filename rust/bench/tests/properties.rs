@@ -57,6 +57,7 @@ fn row(min: u64, exits: Option<f64>) -> Row {
         },
         l0_exits: exits,
         disturbed: 0,
+        resident_kib: None,
     }
 }
 

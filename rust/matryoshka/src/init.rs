@@ -59,6 +59,9 @@ fn level(parent: Parent) -> Result<u32, (u32, Error)> {
     parent.up();
     let spec = stack::read_spec(Path::new(SPEC_FILE)).map_err(|e| (0, e))?;
     let fail = |e| (spec.level, e);
+    if spec.level == spec.depth && spec.inner == Inner::Boot {
+        return Ok(Code::Ok as u32);
+    }
     if spec.level == spec.depth {
         return innermost(&spec, parent).map_err(fail);
     }

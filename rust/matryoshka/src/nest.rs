@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use protocol::{Command, Config};
+use protocol::{Boot, Command, Config, Line};
 use vmm::files::{Files, DIR};
 use vmm::machine::Exit;
 use vmm::stack::{self, Handler, Inner, Local, Spec, MAX_DEPTH, TOUCH_PAGES};
@@ -192,7 +192,7 @@ impl Handler for Host {
     }
 
     fn console_line(&mut self, level: u32, line: &str) {
-        if let Some(boot) = line.strip_prefix("MTK boot ") {
+        if let Line::Boot(boot) = Line::parse(line) {
             // The only sign of progress while a deep stack starts.
             if !self.plain {
                 eprintln!(
@@ -216,17 +216,13 @@ impl Handler for Host {
     }
 }
 
-/// What a line of boot figures says to a human: nothing, or ticks and exits into L0.
-fn boot_cost(line: &str, verbose: bool) -> String {
-    let value = |key: &str| {
-        line.split(' ')
-            .find_map(|w| w.strip_prefix(key))
-            .unwrap_or("-")
-    };
-    match (verbose, value("exits=")) {
+/// What boot figures say to a human: nothing, or ticks and exits into L0.
+fn boot_cost(boot: Boot, verbose: bool) -> String {
+    let ticks = boot.ticks;
+    match (verbose, boot.exits) {
         (false, _) => String::new(),
-        (true, "-") => format!(" after {} ticks", value("ticks=")),
-        (true, exits) => format!(" after {} ticks and {exits} exits into L0", value("ticks=")),
+        (true, None) => format!(" after {ticks} ticks"),
+        (true, Some(exits)) => format!(" after {ticks} ticks and {exits} exits into L0"),
     }
 }
 
@@ -362,15 +358,17 @@ mod tests {
 
     #[test]
     fn boot_figures_are_readable() {
+        let boot = |exits| Boot {
+            depth: 1,
+            ticks: 12,
+            exits,
+        };
         assert_eq!(
-            boot_cost("depth=1 ticks=12 exits=3", true),
+            boot_cost(boot(Some(3)), true),
             " after 12 ticks and 3 exits into L0"
         );
-        assert_eq!(
-            boot_cost("depth=1 ticks=12 exits=-", true),
-            " after 12 ticks"
-        );
-        assert_eq!(boot_cost("depth=1 ticks=12 exits=3", false), "");
+        assert_eq!(boot_cost(boot(None), true), " after 12 ticks");
+        assert_eq!(boot_cost(boot(Some(3)), false), "");
     }
 
     #[test]

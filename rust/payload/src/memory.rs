@@ -23,13 +23,21 @@ static ARENA: Arena = Arena {
     end: Cell::new(0),
 };
 
-/// Makes the memory behind the image available.
+/// The VMM asks for pages of this size to back the memory with.
+const LARGE: usize = 2 << 20;
+
+/// Makes the memory behind the image available, and has it backed: otherwise it would depend on how much was
+/// measured before what is resident after an operation.
 ///
 /// # Safety
 /// There must be `bytes` of memory from address 0, and nothing allocated yet.
 pub unsafe fn init(bytes: u64) {
     ARENA.next.set(&raw const __image_end as u64);
     ARENA.end.set(bytes);
+    for address in (ARENA.next.get()..bytes).step_by(LARGE) {
+        // SAFETY: memory that nobody has been given yet.
+        unsafe { (address as *mut u8).write_volatile(0) };
+    }
 }
 
 /// `count` consecutive zeroed pages; their address, which is physical and linear alike.

@@ -38,6 +38,11 @@ pub fn init() {
     load();
 }
 
+/// The table of page-directory pointers, which maps the first 4 GiB.
+pub fn pointers() -> u64 {
+    &raw const PDPT as u64
+}
+
 /// Switches a processor to the tables that [`init`] has made.
 pub fn load() {
     // SAFETY: they map what the VMM's tables do, to the same addresses.

@@ -19,6 +19,6 @@ pub mod stats;
 
 pub use command::{Command, Config};
 pub use info::PayloadInfo;
-pub use line::{Line, Row};
+pub use line::{Boot, Line, Row};
 pub use op::{Op, OpSpec, Pattern};
 pub use stats::{Sample, Summary};

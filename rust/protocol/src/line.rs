@@ -69,6 +69,31 @@ impl fmt::Display for Row {
     }
 }
 
+/// The boot of a Linux guest, from its first instruction to its init, as its VMM has measured it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Boot {
+    /// The level that booted.
+    pub depth: u32,
+    /// Ticks of its VMM's TSC.
+    pub ticks: u64,
+    /// Exits into L0; `None` where they cannot be counted.
+    pub exits: Option<u64>,
+}
+
+impl fmt::Display for Boot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{MARK}boot depth={} ticks={} exits=",
+            self.depth, self.ticks
+        )?;
+        match self.exits {
+            Some(exits) => write!(f, "{exits}"),
+            None => f.write_str("-"),
+        }
+    }
+}
+
 /// A line of the payload, as L0 sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Line<'a> {
@@ -76,6 +101,8 @@ pub enum Line<'a> {
     Row(Row),
     /// An operation is starting (for the progress display).
     Start(Op),
+    /// A Linux guest is up.
+    Boot(Boot),
     /// A line of the correctness log, without mark.
     Test(&'a str),
     /// Something went wrong; the text says what.
@@ -98,6 +125,7 @@ impl<'a> Line<'a> {
         match kind {
             "row" => parse_row(rest).map_or(Line::Unknown(line), Line::Row),
             "start" => Op::from_name(rest).map_or(Line::Unknown(line), Line::Start),
+            "boot" => parse_boot(rest).map_or(Line::Unknown(line), Line::Boot),
             "test" => Line::Test(rest),
             "error" => Line::Error(rest),
             _ => Line::Unknown(line),
@@ -105,13 +133,27 @@ impl<'a> Line<'a> {
     }
 }
 
+/// The value of `key` in words `key=value`.
+fn word<'a>(text: &'a str, key: &str) -> Option<&'a str> {
+    text.split_ascii_whitespace().find_map(|word| {
+        let (name, value) = word.split_once('=')?;
+        (name == key).then_some(value)
+    })
+}
+
+fn parse_boot(text: &str) -> Option<Boot> {
+    Some(Boot {
+        depth: word(text, "depth")?.parse().ok()?,
+        ticks: word(text, "ticks")?.parse().ok()?,
+        exits: match word(text, "exits")? {
+            "-" => None,
+            number => Some(number.parse().ok()?),
+        },
+    })
+}
+
 fn parse_row(text: &str) -> Option<Row> {
-    let value = |key: &str| {
-        text.split_ascii_whitespace().find_map(|word| {
-            let (name, value) = word.split_once('=')?;
-            (name == key).then_some(value)
-        })
-    };
+    let value = |key: &str| word(text, key);
     let number = |key: &str| value(key)?.parse::<u64>().ok();
     let small = |key: &str| value(key)?.parse::<u32>().ok();
     Some(Row {
@@ -191,5 +233,21 @@ mod tests {
         assert_eq!(Line::parse("MTK error no VMX"), Line::Error("no VMX"));
         assert_eq!(Line::parse("MTK start cpuid"), Line::Start(Op::Cpuid));
         assert_eq!(Line::parse("MTK future x"), Line::Unknown("MTK future x"));
+    }
+
+    #[test]
+    fn boots_are_read_back() {
+        for exits in [None, Some(7)] {
+            let boot = Boot {
+                depth: 2,
+                ticks: 12,
+                exits,
+            };
+            assert_eq!(Line::parse(&format!("{boot}")), Line::Boot(boot));
+        }
+        assert!(matches!(
+            Line::parse("MTK boot depth=2 ticks=x exits=-"),
+            Line::Unknown(_)
+        ));
     }
 }

@@ -38,11 +38,13 @@ pub enum Op {
     TouchUnmapped,
     /// The payload's first touch of pages that its VMM has not backed.
     TouchCold,
+    /// A Linux guest from its first instruction to its init. No payload does it; its VMM measures it.
+    Boot,
 }
 
 impl Op {
     /// Every operation, in the order of a report.
-    pub const EVERY: [Op; 16] = [
+    pub const EVERY: [Op; 17] = [
         Op::Hypercall,
         Op::HypercallLean,
         Op::HypercallEpt,
@@ -59,6 +61,7 @@ impl Op {
         Op::TouchReflected,
         Op::TouchUnmapped,
         Op::TouchCold,
+        Op::Boot,
     ];
 
     /// The name used in results and on command lines.
@@ -80,6 +83,7 @@ impl Op {
             Op::TouchReflected => "touch_reflected",
             Op::TouchUnmapped => "touch_unmapped",
             Op::TouchCold => "touch_cold",
+            Op::Boot => "boot",
         }
     }
 
@@ -123,11 +127,30 @@ pub enum Pattern {
     Random,
     /// Every 16th page, then every 16th from the next one, and so on.
     Strided,
+    /// Every 8th page of a region as much larger, and none between: whoever backs pages that nobody
+    /// touches shows in the host's resident memory.
+    Sparse,
 }
 
 impl Pattern {
     /// Every pattern.
-    pub const EVERY: [Pattern; 3] = [Pattern::Sequential, Pattern::Random, Pattern::Strided];
+    pub const EVERY: [Pattern; 4] = [
+        Pattern::Sequential,
+        Pattern::Random,
+        Pattern::Strided,
+        Pattern::Sparse,
+    ];
+
+    /// Pages between two neighbours of the sparse pattern.
+    pub const SPARSE: u32 = 8;
+
+    /// Pages of the region that `pages` touched ones lie in.
+    pub const fn span(self, pages: u32) -> u32 {
+        match self {
+            Pattern::Sparse => pages.saturating_mul(Self::SPARSE),
+            _ => pages,
+        }
+    }
 
     /// The name used in results and on command lines.
     pub const fn name(self) -> &'static str {
@@ -135,6 +158,7 @@ impl Pattern {
             Pattern::Sequential => "sequential",
             Pattern::Random => "random",
             Pattern::Strided => "strided",
+            Pattern::Sparse => "sparse",
         }
     }
 
@@ -178,7 +202,8 @@ impl OpSpec {
             count: count.parse().ok()?,
             passes,
         };
-        let fits = spec.count > 0
+        let fits = spec.op != Op::Boot
+            && spec.count > 0
             && spec.passes > 0
             && spec.op.is_touch() == spec.pattern.is_some()
             && (spec.op.is_touch() || spec.passes == 1);
@@ -231,6 +256,7 @@ mod tests {
             "cpuid:3x2",
             "touch_cold/up:3x1",
             "cpuid:-1",
+            "boot:1",
         ] {
             assert_eq!(parse_list(bad).next(), Some(Err(bad)));
         }

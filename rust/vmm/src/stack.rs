@@ -13,7 +13,7 @@ use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use protocol::{Command, Config as Round, PayloadInfo};
+use protocol::{Boot, Command, Config as Round, PayloadInfo};
 use serde::{Deserialize, Serialize};
 
 use crate::console::untag;
@@ -50,6 +50,8 @@ pub enum Inner {
         /// Program and arguments.
         command: Vec<String>,
     },
+    /// Linux that ends as soon as its init runs, for measuring how it boots.
+    Boot,
 }
 
 /// What to do, as every level is told.
@@ -76,6 +78,10 @@ pub struct Spec {
     pub exit_counter: bool,
     /// Where in an innermost Linux the additional files go ([`Files::extra`]).
     pub extra: Vec<String>,
+    /// How every level sets its module before it starts its machine: the number of a
+    /// [`Config`](protocol::Config). Without it modules are set when a command says so.
+    #[serde(default)]
+    pub config: Option<u8>,
 }
 
 impl Spec {
@@ -92,12 +98,13 @@ impl Spec {
             append: String::new(),
             exit_counter: false,
             extra: Vec::new(),
+            config: None,
         }
     }
 
     /// Whether the machine this level runs is a Linux.
     fn runs_linux(&self) -> bool {
-        self.level + 1 < self.depth || matches!(self.inner, Inner::Linux { .. })
+        self.level + 1 < self.depth || !matches!(self.inner, Inner::Payload { .. })
     }
 
     /// vCPUs of the machine this level runs. A payload has two if its arguments say `cpus=2`.
@@ -117,7 +124,7 @@ impl Spec {
     /// Whether the guest that this is for has a device that interrupts: a terminal on
     /// COM1, or whatever somebody may do with a Linux of their own.
     fn wants_interrupts(&self) -> bool {
-        self.interactive() || self.level == self.depth
+        self.interactive() || self.level == self.depth && self.inner != Inner::Boot
     }
 
     fn check(&self) -> Result<()> {
@@ -186,6 +193,9 @@ pub struct Local {
 /// Runs the machine of `spec.level`+1, with everything inside it, to its end.
 pub fn run(spec: &Spec, files: &Files, local: Local, handler: &mut dyn Handler) -> Result<Outcome> {
     spec.check()?;
+    if let Some(config) = spec.config.and_then(Round::from_u8) {
+        handler.apply(config, spec.level, &files.module_here())?;
+    }
     let kvm = Machine::open_kvm()?;
     let config = machine::Config {
         cpus: spec.cpus_inside(),
@@ -271,16 +281,13 @@ impl Host for Level<'_> {
 
     fn up(&mut self) {
         let ((ticks, exits), (from, exits_from)) = (self.now(), self.started);
-        let exits = match self.spec.exit_counter {
-            true => (exits - exits_from).to_string(),
-            false => "-".into(),
-        };
         let level = self.spec.level + 1;
-        let line = format!(
-            "MTK boot depth={level} ticks={} exits={exits}",
-            ticks - from
-        );
-        self.handler.console_line(level, &line);
+        let boot = Boot {
+            depth: level,
+            ticks: ticks - from,
+            exits: self.spec.exit_counter.then(|| exits - exits_from),
+        };
+        self.handler.console_line(level, &boot.to_string());
     }
 
     fn line(&mut self, source: Source, line: &str) {
@@ -378,7 +385,7 @@ fn memory_mib(next: &Spec, files: &Files) -> u64 {
             Inner::Payload { .. } => {
                 PAYLOAD_MIB + ((u64::from(next.touch_pages) * PAGE as u64) >> 20)
             }
-            Inner::Linux { .. } => next.memory_mib.unwrap_or(LINUX_MIB),
+            Inner::Linux { .. } | Inner::Boot => next.memory_mib.unwrap_or(LINUX_MIB),
         };
     }
     let inside = memory_mib(

@@ -4,13 +4,15 @@
 mod ops;
 mod touch;
 
+pub use touch::fill_order;
+
 use protocol::op::parse_list;
 use protocol::{backdoor, stats, Config, Op, OpSpec, PayloadInfo, Row, Sample, Summary};
 
 use crate::vmx::ept::{Ept, LowMemory};
 use crate::vmx::ops::VmxError;
 use crate::vmx::setup::{Child, Features};
-use crate::{cpu, error, line, memory};
+use crate::{control, cpu, error, line, memory};
 
 /// Most samples of one operation.
 const SAMPLES: usize = 4096;
@@ -139,7 +141,10 @@ impl Meter {
                     all = false;
                 }
             }
-            if !spec.op.is_touch() {
+            if spec.op.is_touch() {
+                // What is resident after another operation must not depend on this one.
+                control::touch(protocol::ports::touch::DISCARD, 0);
+            } else {
                 // SAFETY: what a touch operation allocates are EPT tables, whose pages must not come again: a
                 // level below may still shadow them. Nothing else allocates here.
                 unsafe { memory::release(mark) };

@@ -179,6 +179,7 @@ fn perform(op: Op, context: &Context, sink: &mut impl Sink) -> Result<(), VmxErr
         Op::TouchWarm | Op::TouchReflected | Op::TouchUnmapped | Op::TouchCold => {
             unreachable!("touch operations are not sampled one by one")
         }
+        Op::Boot => unreachable!("no list of operations can have it"),
     }
     Ok(())
 }

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! First touches of pages, counted over whole passes: levels below fill several entries at one fault,
 //! so single touches fall into two kinds, and what they cost on average per page is what a guest feels.
+//!
+//! A pass is measured in pieces. A timer tick of some level costs as much as dozens of pages and falls into
+//! every pass of this length, but not into the same piece of each.
 
 use core::arch::asm;
 use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering::Relaxed};
@@ -20,7 +23,8 @@ use crate::vmx::{exit, field};
 
 /// Distance of the strided pattern, in pages.
 const STRIDE: usize = 16;
-
+/// Pieces of a pass.
+const PIECES: usize = 8;
 /// Pages of a pass that is profiled.
 const PROFILED: u32 = 2048;
 
@@ -29,16 +33,17 @@ const PROFILED: u32 = 2048;
 struct Work {
     meter: AtomicPtr<Meter>,
     pages: AtomicU64,
-    ticks: AtomicU64,
-    exits: AtomicU64,
+    pass: AtomicU64,
+    done: AtomicU64,
+    /// The next pass is one between the profiler's marks.
     profile: AtomicBool,
 }
 
 static WORK: Work = Work {
     meter: AtomicPtr::new(core::ptr::null_mut()),
     pages: AtomicU64::new(0),
-    ticks: AtomicU64::new(0),
-    exits: AtomicU64::new(0),
+    pass: AtomicU64::new(0),
+    done: AtomicU64::new(0),
     profile: AtomicBool::new(false),
 };
 
@@ -58,31 +63,18 @@ extern "C" fn touching_child() -> ! {
     call();
     loop {
         let meter = WORK.meter.load(Relaxed);
-        // SAFETY: the payload stored a pointer to its meter and waits until we exit again.
-        let meter = unsafe { &*meter };
-        let order = &meter.order[..WORK.pages.load(Relaxed) as usize];
+        // SAFETY: the payload stored a pointer to its meter and does not use it until we exit again.
+        let meter = unsafe { &mut *meter };
+        let pages = WORK.pages.load(Relaxed) as usize;
         // The order itself must not be what faults.
-        let sum = order.iter().fold(0u64, |sum, &page| sum + page as u64);
+        let sum = meter.order[..pages]
+            .iter()
+            .fold(0u64, |sum, &page| sum + page as u64);
         core::hint::black_box(sum);
-        WORK.ticks.store(0, Relaxed);
-        let sample = pass(meter, order);
-        WORK.ticks.store(sample.ticks, Relaxed);
-        WORK.exits.store(sample.exits, Relaxed);
+        meter.pass(WORK.pass.load(Relaxed) as usize, pages);
+        WORK.done.store(1, Relaxed);
         call();
     }
-}
-
-/// One pass, counted, or between the profiler's marks.
-fn pass(meter: &Meter, order: &[u32]) -> Sample {
-    if !WORK.profile.load(Relaxed) {
-        return meter.sample(&mut || touch_all(order));
-    }
-    // SAFETY: `Meter::profile` has seen that the backdoor answers.
-    unsafe { cpu::xgetbv_known(backdoor::PROFILE_START) };
-    let sample = meter.sample(&mut || touch_all(order));
-    // SAFETY: as above.
-    unsafe { cpu::xgetbv_known(backdoor::PROFILE_STOP) };
-    sample
 }
 
 fn call() {
@@ -91,56 +83,84 @@ fn call() {
 }
 
 impl Meter {
-    /// Measures a touch operation: ticks per page of the best, the middle and the worst pass, and
-    /// thousandths of an exit per page of the best.
+    /// Measures a touch operation: ticks per page, with the best, the middle and the worst of each piece
+    /// of the passes, and thousandths of an exit per page of the best.
     pub(super) fn touch(&mut self, spec: OpSpec) -> Result<(Summary, u64), VmxError> {
-        let pages = (spec.count as u64).min(self.touch_pages);
+        let pattern = spec.pattern.unwrap_or(Pattern::Sequential);
+        let room = self.touch_pages / pattern.span(1) as u64;
+        let pages = (spec.count as u64).min(room);
         assert!(pages > 0, "this VMM gives no touch region");
-        fill_order(
-            &mut self.order[..pages as usize],
-            spec.pattern.unwrap_or(Pattern::Sequential),
-        );
+        let span = pattern.span(pages as u32);
+        fill_order(&mut self.order[..pages as usize], pattern);
         // As with the other operations, a current VMCS whose child has run.
         super::ops::start(
             &self.children[0],
             Features::default(),
             &mut Registers::default(),
         )?;
-        let passes = (spec.passes as usize).min(self.samples.len());
+        let passes = (spec.passes as usize).min(self.samples.len() / PIECES - 1);
         for pass in 0..passes {
-            let sample = match spec.op {
-                Op::TouchWarm | Op::TouchReflected => self.child_pass(spec.op, pages)?,
-                _ => self.own_pass(spec.op, pages),
-            };
-            self.samples[pass] = sample;
+            match spec.op {
+                Op::TouchWarm | Op::TouchReflected => self.child_pass(spec.op, pass, pages)?,
+                _ => self.own_pass(spec.op, pass, pages, span),
+            }
         }
         // Touched once more nothing is missing: that is what the loop itself costs.
-        let loop_cost = self.again(pages);
-        let samples = &mut self.samples[..passes];
-        samples.sort_unstable_by_key(|sample| sample.ticks);
-        let per_page = |sample: &Sample| sample.ticks.saturating_sub(loop_cost).div_ceil(pages);
-        let best = samples[0];
+        touch_all(&self.order[..pages as usize]);
+        self.pass(passes, pages as usize);
+        let (measured, loops) = self.samples.split_at_mut(passes * PIECES);
+        let loop_cost: u64 = loops[..PIECES].iter().map(|sample| sample.ticks).sum();
+        let [mut best, mut middle, mut worst] = [Sample::default(); 3];
+        for piece in 0..PIECES {
+            let place = |rank: usize| piece + rank * PIECES;
+            // The samples of this piece, every PIECES-th, by selection: there are a few of them.
+            for rank in 0..passes {
+                let least = (rank..passes)
+                    .min_by_key(|&other| measured[place(other)].ticks)
+                    .unwrap_or(rank);
+                measured.swap(place(rank), place(least));
+            }
+            for (sum, rank) in [
+                (&mut best, 0),
+                (&mut middle, passes / 2),
+                (&mut worst, passes - 1),
+            ] {
+                sum.ticks += measured[place(rank)].ticks;
+                sum.exits += measured[place(rank)].exits;
+            }
+        }
+        let per_page = |sample: Sample| sample.ticks.saturating_sub(loop_cost).div_ceil(pages);
         let summary = Summary {
-            min: per_page(&best),
-            median: per_page(&samples[passes / 2]),
-            max: per_page(&samples[passes - 1]),
+            min: per_page(best),
+            median: per_page(middle),
+            max: per_page(worst),
             n: (pages * passes as u64) as u32,
             disturbed: 0,
-            worst: per_page(&samples[passes - 1]),
+            worst: per_page(worst),
             exits: best.exits / pages,
         };
         Ok((summary, best.exits * 1000 / pages))
     }
 
-    /// The payload touches its own region, which the VMM has dropped or populated.
-    fn own_pass(&mut self, op: Op, pages: u64) -> Sample {
-        let what = if op == Op::TouchCold {
-            touch::DISCARD
-        } else {
-            touch::POPULATE
-        };
-        control::touch(what, pages as u32);
-        pass(self, &self.order[..pages as usize])
+    /// Touches the first `pages` pages of the order, and keeps what each piece cost as that of pass number
+    /// `pass`.
+    fn pass(&mut self, pass: usize, pages: usize) {
+        let length = pages.div_ceil(PIECES);
+        let profile = WORK.profile.swap(false, Relaxed);
+        if profile {
+            // SAFETY: `Meter::profile` has seen that the backdoor answers.
+            unsafe { cpu::xgetbv_known(backdoor::PROFILE_START) };
+        }
+        for piece in 0..PIECES {
+            let range = (piece * length).min(pages)..((piece + 1) * length).min(pages);
+            let order = &self.order[range];
+            let sample = self.sample(&mut || touch_all(order));
+            self.samples[pass * PIECES + piece] = sample;
+        }
+        if profile {
+            // SAFETY: as above.
+            unsafe { cpu::xgetbv_known(backdoor::PROFILE_STOP) };
+        }
     }
 
     /// The last of a few passes, between the profiler's marks.
@@ -157,26 +177,30 @@ impl Meter {
         Ok(())
     }
 
-    /// What a pass costs when nothing is missing.
-    fn again(&mut self, pages: u64) -> u64 {
-        let order = &self.order[..pages as usize];
-        touch_all(order);
-        self.sample(&mut || touch_all(order)).ticks
+    /// The payload touches its own region, which the VMM has dropped or populated.
+    fn own_pass(&mut self, op: Op, pass: usize, pages: u64, span: u32) {
+        let what = if op == Op::TouchCold {
+            touch::DISCARD
+        } else {
+            touch::POPULATE
+        };
+        control::touch(what, span);
+        self.pass(pass, pages as usize);
     }
 
     /// The child touches the region through tables that nobody has shadowed yet.
-    fn child_pass(&mut self, op: Op, pages: u64) -> Result<Sample, VmxError> {
+    fn child_pass(&mut self, op: Op, pass: usize, pages: u64) -> Result<(), VmxError> {
+        let order = &self.order[..pages as usize];
         // L0 must have the pages: what is missing is only the child's mapping of them.
-        for page in 0..pages {
-            // SAFETY: as in `touch_all`.
-            unsafe { ((TOUCH_BASE + page * PAGE) as *mut u64).write_volatile(0) };
-        }
+        touch_all(order);
         let ept = Ept::new(self.low, self.touch_pages);
         if op == Op::TouchWarm {
-            (0..pages).for_each(|page| ept.map(page));
+            order.iter().for_each(|&page| ept.map(page as u64));
         }
         WORK.meter.store(self, Relaxed);
         WORK.pages.store(pages, Relaxed);
+        WORK.pass.store(pass as u64, Relaxed);
+        WORK.done.store(0, Relaxed);
         let features = Features {
             ept: Some(ept.pointer()),
             vpid: Some(1),
@@ -189,7 +213,7 @@ impl Meter {
         unsafe { child::enter(How::Launch, &mut registers) }?;
         loop {
             match vmread(field::VM_EXIT_REASON)? {
-                exit::VMCALL if WORK.ticks.load(Relaxed) != 0 => break,
+                exit::VMCALL if WORK.done.load(Relaxed) != 0 => return Ok(()),
                 exit::VMCALL => {
                     let length = vmread(field::VM_EXIT_INSTRUCTION_LEN)?;
                     vmwrite(field::GUEST_RIP, vmread(field::GUEST_RIP)? + length)?;
@@ -203,16 +227,11 @@ impl Meter {
             // SAFETY: as for the launch.
             unsafe { child::enter(How::Resume, &mut registers) }?;
         }
-        let sample = Sample {
-            ticks: WORK.ticks.swap(0, Relaxed),
-            exits: WORK.exits.load(Relaxed),
-        };
-        Ok(sample)
     }
 }
 
 /// Writes each page number once, in the pattern's order.
-fn fill_order(order: &mut [u32], pattern: Pattern) {
+pub fn fill_order(order: &mut [u32], pattern: Pattern) {
     let pages = order.len();
     match pattern {
         Pattern::Sequential => (0..pages).for_each(|at| order[at] = at as u32),
@@ -223,6 +242,7 @@ fn fill_order(order: &mut [u32], pattern: Pattern) {
                 .zip(numbers)
                 .for_each(|(slot, page)| *slot = page as u32);
         }
+        Pattern::Sparse => (0..pages).for_each(|at| order[at] = at as u32 * Pattern::SPARSE),
         Pattern::Random => {
             (0..pages).for_each(|at| order[at] = at as u32);
             // Fisher-Yates with xorshift64: the same order on every machine and in every run.

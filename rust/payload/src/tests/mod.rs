@@ -9,6 +9,7 @@
 
 mod bed;
 mod controls;
+mod ept;
 mod events;
 mod exits;
 mod fields;
@@ -82,6 +83,34 @@ const GROUPS: &[Group] = &[
     Group {
         name: "links",
         run: links::run,
+    },
+    Group {
+        name: "ept_rights",
+        run: ept::rights::run,
+    },
+    Group {
+        name: "ept_flags",
+        run: ept::flags::run,
+    },
+    Group {
+        name: "ept_around",
+        run: ept::around::run,
+    },
+    Group {
+        name: "ept_edits",
+        run: ept::edits::run,
+    },
+    Group {
+        name: "ept_roots",
+        run: ept::roots::run,
+    },
+    Group {
+        name: "ept_resume",
+        run: ept::resume::run,
+    },
+    Group {
+        name: "ept_pages",
+        run: ept::pages::run,
     },
     Group {
         name: "pair",

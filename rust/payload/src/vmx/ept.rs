@@ -52,6 +52,11 @@ impl LowMemory {
         }
         LowMemory(directory)
     }
+
+    /// The page directory.
+    pub fn directory(&self) -> u64 {
+        self.0
+    }
 }
 
 impl Ept {

@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! Nested EPT: what a child can reach through tables that its parent builds and edits, what the processor
+//! notes in them, and what an exit says. Whoever fills the shadow of these tables ahead of faults must
+//! leave all of this as it is.
+
+pub mod around;
+pub mod edits;
+pub mod flags;
+pub mod pages;
+pub mod resume;
+pub mod rights;
+pub mod roots;
+mod tables;
+mod toucher;
+mod world;
+
+use crate::vmx::ops::VmxError;
+use tables::{capabilities, CAP_EPT};
+
+/// Can this processor do what these groups are about?
+fn available() -> bool {
+    capabilities() & CAP_EPT == CAP_EPT
+}
+
+/// Runs a group where there is EPT with INVEPT in both ways.
+fn group(name: &str, run: impl FnOnce() -> Result<(), VmxError>) -> Result<(), VmxError> {
+    if available() {
+        return run();
+    }
+    super::log!("{}/not available", name);
+    Ok(())
+}
