@@ -18,6 +18,8 @@ const HELP: &str = "Examples:
                                                       first touches, in every order
   matryoshka bench --depth 2,3 --ops boot --config stock,l0,all
                                                       a Linux guest from its first instruction to init
+  matryoshka bench --depth 2 --ops touch_cold --config stock,all --set direct/populate=16
+                                                      ... with a knob set at every level
   matryoshka bench --record counts.json               keep the counts ...
   matryoshka bench --compare counts.json              ... and fail if they are others later
   matryoshka bench --test --depth 1 --log out         the payload's correctness tests instead
@@ -113,6 +115,10 @@ pub struct BenchArgs {
     /// configuration (see scripts/profile)
     #[arg(long, value_name = "OP", value_parser = parse_op)]
     pub profile: Option<Op>,
+
+    /// Set a knob of the module wherever a configuration has it loaded; may be given again
+    #[arg(long = "set", value_name = "PATH/KNOB=VALUE")]
+    pub knobs: Vec<vmm::module::Knob>,
 
     /// Bare-metal payload [default: /lib/matryoshka/payload]
     #[arg(long, value_name = "FILE")]

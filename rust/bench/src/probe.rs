@@ -92,16 +92,19 @@ pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
         errors: Vec::new(),
         verbose: args.verbose,
     };
-    let spec = Spec::new(
-        level,
-        Inner::Payload {
-            args: format!(
-                "tests={};cpus={}",
-                args.tests,
-                if args.pair { 2 } else { 1 }
-            ),
-        },
-    );
+    let spec = Spec {
+        knobs: args.knobs.clone(),
+        ..Spec::new(
+            level,
+            Inner::Payload {
+                args: format!(
+                    "tests={};cpus={}",
+                    args.tests,
+                    if args.pair { 2 } else { 1 }
+                ),
+            },
+        )
+    };
     let outcome = stack::run(&spec, &args.files(), args.local(), &mut probe)?;
     if let Some(directory) = &args.log {
         for log in &probe.logs {

@@ -299,7 +299,10 @@ fn turns<'a>(
 }
 
 fn one_stack(args: &BenchArgs, stack: &Stack, session: &mut Session<'_>) -> Result<(), Failure> {
-    let spec = Spec::new(stack.level, Inner::Payload { args: stack.args() });
+    let spec = Spec {
+        knobs: args.knobs.clone(),
+        ..Spec::new(stack.level, Inner::Payload { args: stack.args() })
+    };
     let outcome = stack::run(&spec, &args.files(), args.local(), session)?;
     ended_well(stack.level, &outcome.exit)
 }
@@ -383,7 +386,10 @@ pub fn profile(args: &BenchArgs) -> Result<Code, Failure> {
         failed: false,
     };
     let args_text = format!("profile={}", stack.specs[0].op.name());
-    let spec = Spec::new(stack.level, Inner::Payload { args: args_text });
+    let spec = Spec {
+        knobs: args.knobs.clone(),
+        ..Spec::new(stack.level, Inner::Payload { args: args_text })
+    };
     let outcome = stack::run(&spec, &args.files(), args.local(), &mut host)?;
     ended_well(stack.level, &outcome.exit)?;
     Ok(if host.failed { Code::Failed } else { Code::Ok })

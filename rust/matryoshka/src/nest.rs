@@ -59,6 +59,10 @@ pub struct NestArgs {
     #[arg(long, value_delimiter = ',', value_name = "CONFIG,...", value_parser = parse_config)]
     config: Vec<Config>,
 
+    /// Set a knob of the module wherever a configuration has it loaded; may be given again
+    #[arg(long = "set", value_name = "PATH/KNOB=VALUE")]
+    knobs: Vec<vmm::module::Knob>,
+
     /// vCPUs of each Linux level
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=vmm::machine::MAX_CPUS as i64))]
     cpus: u8,
@@ -135,6 +139,7 @@ impl NestArgs {
             memory_mib: self.memory,
             verbose: self.verbose,
             append: self.append.clone(),
+            knobs: self.knobs.clone(),
             ..Spec::new(self.depth, inner)
         }
     }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use protocol::Config;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 
@@ -137,6 +137,52 @@ fn attributes(dir: &Path) -> Result<BTreeMap<String, String>> {
         }
     }
     Ok(out)
+}
+
+/// A knob of a path and what to set it to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Knob {
+    /// The path's name.
+    pub path: String,
+    /// The knob's.
+    pub name: String,
+    /// Its value, as it is written to sysfs.
+    pub value: String,
+}
+
+impl std::str::FromStr for Knob {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let parts = text.split_once('=').and_then(|(knob, value)| {
+            let (path, name) = knob.split_once('/')?;
+            Some((path, name, value))
+        });
+        match parts {
+            Some((path, name, value)) if name != "mode" && ![path, name, value].contains(&"") => {
+                Ok(Knob {
+                    path: path.into(),
+                    name: name.into(),
+                    value: value.into(),
+                })
+            }
+            Some((_, "mode", _)) => Err("modes are the configuration's (--config)".into()),
+            _ => Err(format!(
+                "{text:?} is not PATH/KNOB=VALUE, as in direct/populate=16"
+            )),
+        }
+    }
+}
+
+/// Sets knobs at this level, where the module is loaded.
+pub fn tune(knobs: &[Knob]) -> Result<()> {
+    let module = Module::default();
+    if !module.present() {
+        return Ok(());
+    }
+    knobs
+        .iter()
+        .try_for_each(|knob| module.set(&knob.path, &knob.name, &knob.value))
 }
 
 /// Loads a module file with parameters (finit_module). That it is loaded already
@@ -306,6 +352,20 @@ mod tests {
         assert!(e.contains("mode, state, taken"), "{e}");
         assert!(m.set("../paths/checks", "mode", "on").is_err());
         assert!(m.set("checks", "../checks/mode", "on").is_err());
+    }
+
+    #[test]
+    fn knobs_are_parsed() {
+        let knob = "direct/populate=16".parse::<Knob>().unwrap();
+        assert_eq!(
+            (&*knob.path, &*knob.name, &*knob.value),
+            ("direct", "populate", "16")
+        );
+        for bad in ["", "direct", "direct=1", "direct/=1", "/x=1", "direct/x="] {
+            assert!(bad.parse::<Knob>().is_err(), "{bad}");
+        }
+        let e = "direct/mode=on".parse::<Knob>().unwrap_err();
+        assert!(e.contains("--config"), "{e}");
     }
 
     #[test]

@@ -22,6 +22,7 @@ use crate::device::{Host, Source};
 use crate::files::{Files, DIR};
 use crate::machine::{self, Exit, Machine};
 use crate::memory::{Memory, PAGE};
+use crate::module::Knob;
 use crate::payload::PAYLOAD_MIB;
 use crate::{backdoor, boot, module, mptable, payload, shuffle, Error, Result};
 
@@ -82,6 +83,9 @@ pub struct Spec {
     /// [`Config`](protocol::Config). Without it modules are set when a command says so.
     #[serde(default)]
     pub config: Option<u8>,
+    /// Knobs of the module, set at every level that has it loaded, whenever its modes are.
+    #[serde(default)]
+    pub knobs: Vec<Knob>,
 }
 
 impl Spec {
@@ -99,6 +103,7 @@ impl Spec {
             exit_counter: false,
             extra: Vec::new(),
             config: None,
+            knobs: Vec::new(),
         }
     }
 
@@ -195,6 +200,7 @@ pub fn run(spec: &Spec, files: &Files, local: Local, handler: &mut dyn Handler) 
     spec.check()?;
     if let Some(config) = spec.config.and_then(Round::from_u8) {
         handler.apply(config, spec.level, &files.module_here())?;
+        module::tune(&spec.knobs)?;
     }
     let kvm = Machine::open_kvm()?;
     let config = machine::Config {
@@ -308,7 +314,8 @@ impl Host for Level<'_> {
         let Some(round) = Command::decode(word).ok().and_then(Command::config) else {
             return word;
         };
-        match self.handler.apply(round, self.spec.level, &self.module) {
+        let applied = self.handler.apply(round, self.spec.level, &self.module);
+        match applied.and_then(|()| module::tune(&self.spec.knobs)) {
             Ok(()) => word,
             Err(e) => {
                 // A round in the wrong configuration is worse than none.
