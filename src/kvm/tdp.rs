@@ -45,30 +45,49 @@ impl Fault {
     /// How many of `count` pages after the fault's the host has in memory for writing, from the first on, as far
     /// as the slot goes. Does not sleep.
     pub(crate) fn backed(&self, count: usize) -> usize {
+        self.get(0, count, |address, count, pages| {
+            // SAFETY: The address is checked by the function; there is room for as many pages.
+            let got =
+                unsafe { bindings::get_user_pages_fast_only(address, count, FOLL_WRITE, pages) };
+            got as isize
+        })
+    }
+
+    /// Has the host get `count` more pages after the first `backed`, as far as the slot goes. Returns how many there
+    /// are now in all. May sleep.
+    pub(crate) fn populate(&self, backed: usize, count: usize) -> usize {
+        backed
+            + self.get(backed, count, |address, count, pages| {
+                // SAFETY: As above; the current task has the VMM's address space.
+                unsafe { bindings::get_user_pages_unlocked(address, count as _, pages, FOLL_WRITE) }
+            })
+    }
+
+    /// Counts the pages that `how` finds, and gives them back; `skip` more pages after the fault's.
+    fn get(
+        &self,
+        skip: usize,
+        count: usize,
+        how: impl Fn(usize, i32, *mut *mut bindings::page) -> isize,
+    ) -> usize {
         const MOST: usize = 16;
         // SAFETY: As in `is_plain`.
         let Some(slot) = (unsafe { self.0.slot.as_ref() }) else {
             return 0;
         };
-        let offset = self.0.gfn.wrapping_sub(slot.base_gfn).wrapping_add(1);
+        let offset = (self.0.gfn.wrapping_sub(slot.base_gfn)).wrapping_add(1 + skip as u64);
         let left = (slot.npages as u64).saturating_sub(offset);
         let count = (count as u64).min(left) as usize;
+        let start = (slot.userspace_addr as usize).wrapping_add((offset as usize) << 12);
         let mut found = 0;
         while found < count {
             let mut pages = [core::ptr::null_mut(); MOST];
             let ask = (count - found).min(MOST);
-            let address = slot
-                .userspace_addr
-                .wrapping_add(((offset as usize).wrapping_add(found) << 12) as _);
-            // SAFETY: The address is checked by the function; the array has room for as many.
-            let got = unsafe {
-                bindings::get_user_pages_fast_only(
-                    address as _,
-                    ask as i32,
-                    FOLL_WRITE,
-                    pages.as_mut_ptr(),
-                )
-            };
+            let got = how(
+                start.wrapping_add(found << 12),
+                ask as i32,
+                pages.as_mut_ptr(),
+            );
             let got = usize::try_from(got).unwrap_or(0).min(ask);
             if got != 0 {
                 // SAFETY: These references were taken just above.

@@ -162,13 +162,17 @@ extern "C" fn mtk_on_tdp_page_fault(
             return;
         }
         let backed = fault.backed(usize::from(wanted)) as u16;
-        let count = wanted.min(backed.saturating_add(POPULATE.load(Ordering::Relaxed)));
-        if count == 0 {
+        let more = (wanted - backed.min(wanted)).min(POPULATE.load(Ordering::Relaxed));
+        if backed == 0 && more == 0 {
             counters.fall_back(Reason::NotBacked as usize);
         }
         let mut mapped = 0;
         match mode {
-            Mode::On if count != 0 => {
+            Mode::On if backed != 0 || more != 0 => {
+                let mut count = backed;
+                if more != 0 {
+                    count = fault.populate(usize::from(backed), usize::from(more)) as u16;
+                }
                 mapped = map(vcpu, &fault, count);
                 if mapped != 0 {
                     counters.taken.bump();

@@ -41,6 +41,8 @@ struct Outcome {
     aim: Option<usize>,
     /// It was filled.
     hit: bool,
+    /// Entries of the last chunk that EPT12 maps and EPT02 did not.
+    mapped: usize,
     /// Entries that were filled.
     filled: usize,
     /// Runs of pages that the host did not have.
@@ -125,6 +127,7 @@ fn fill_chunk(vcpu: Vcpu, gpa: u64, range: Range<usize>, out: &mut Outcome) {
         else {
             continue;
         };
+        out.mapped += 1;
         match &mut run {
             Some(r) if r.is_followed_by(index, to) => r.count += 1,
             _ => {
@@ -144,36 +147,50 @@ fn fill_chunk(vcpu: Vcpu, gpa: u64, range: Range<usize>, out: &mut Outcome) {
     }
 }
 
-/// Fills the empty entries of a block. May sleep.
-fn fill(vcpu: Vcpu, block: &Block, aim: Option<usize>) -> Outcome {
+/// Fills the empty entries of a block, from `page` on upwards and then downwards, in both directions until a chunk has
+/// none that EPT12 maps. `aims`: L2 waits for the page. May sleep.
+fn fill(vcpu: Vcpu, block: &Block, page: u64, aims: bool) -> Outcome {
+    let aim = window::index(page);
     let mut out = Outcome {
-        aim,
+        aim: aims.then_some(aim),
         ..Outcome::default()
     };
-    let gpa = block.first << 12;
     let start = window::index(block.first);
     let end = (start + usize::from(block.count)).min(ENTRIES);
-    let mut at = start;
-    while at < end && out.reason.is_none() {
-        // Stock makes sure of as many before each fault; a chunk may need more than are left.
-        if vcpu.spare_rmap_entries() < CHUNK.min(end - at) && !vcpu.refill_mmu_caches() {
-            out.reason = Some(Reason::NoMemory);
-            break;
+    let middle = aim / CHUNK * CHUNK;
+    let upwards = (middle..end).step_by(CHUNK);
+    let downwards = (0..middle).step_by(CHUNK).rev();
+    let mut chunks = |first: usize| {
+        let range = first.max(start)..(first + CHUNK).min(end);
+        if range.is_empty() {
+            return false;
         }
-        let stop = ((at / CHUNK + 1) * CHUNK).min(end);
-        fill_chunk(vcpu, gpa, at..stop, &mut out);
-        at = stop;
-    }
+        // Stock makes sure of as many before each fault; a chunk may need more than are left.
+        if vcpu.spare_rmap_entries() < range.len() && !vcpu.refill_mmu_caches() {
+            out.reason = Some(Reason::NoMemory);
+        } else {
+            out.mapped = 0;
+            fill_chunk(vcpu, block.first << 12, range, &mut out);
+        }
+        out.reason.is_none() && out.mapped != 0
+    };
+    upwards.take_while(|&first| chunks(first)).for_each(drop);
+    downwards.take_while(|&first| chunks(first)).for_each(drop);
     out
 }
 
-/// How much of a block was used: accessed pages, present pages. `None` if its table is gone.
+/// Entries of a block that are looked at to judge it.
+const SAMPLE: usize = 64;
+
+/// How much of a block was used: accessed pages and present pages of a sample. `None` if its table is gone.
 fn used(vcpu: Vcpu, block: &Block) -> Option<(u16, u16)> {
     let lock = vcpu.lock_mmu();
     let leaf = lock.leaf(block.first << 12)?;
     let start = window::index(block.first);
     let (mut used, mut present) = (0, 0);
-    for index in start..(start + usize::from(block.count)).min(ENTRIES) {
+    // Odd, so that no stride of the guest's falls in with it.
+    let step = usize::from(block.count) / SAMPLE | 1;
+    for index in (start..(start + usize::from(block.count)).min(ENTRIES)).step_by(step) {
         present += u16::from(leaf.is_present(index));
         used += u16::from(leaf.is_accessed(index));
     }
@@ -199,13 +216,14 @@ pub(super) fn around(vcpu: Vcpu, memory: &mut Memory, counters: &CounterSet, gpa
         return;
     }
     let (block, due) = memory.window.fault(gpa >> 12, super::limit());
-    if due.count != 0 {
+    // In a guest accessed flags say nothing: what is filled has them.
+    if due.count != 0 && !kvm::runs_on_hypervisor() {
         if let Some((used, present)) = used(vcpu, &due) {
             memory.window.judge(used, present);
         }
     }
     if block.count > 1 << MIN {
-        count(counters, &fill(vcpu, &block, None));
+        count(counters, &fill(vcpu, &block, gpa >> 12, false));
     }
 }
 
@@ -221,7 +239,7 @@ pub(super) fn awaited(vcpu: Vcpu, memory: &mut Memory, set: &CounterSet, gpa: u6
         first: page & !(PREFETCH as u64 - 1),
         count: PREFETCH as u16,
     };
-    let out = fill(vcpu, &near, Some(window::index(page)));
+    let out = fill(vcpu, &near, page, true);
     count(counters, &out);
     if out.hit {
         counters.saved_exits.bump();
