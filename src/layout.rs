@@ -18,8 +18,8 @@ struct Expected {
 }
 
 macro_rules! expect {
-    ($($name:ident { $($member:ident),* $(,)? })*) => {
-        [$(Expected {
+    ($($(#[$meta:meta])? $name:ident { $($member:ident),* $(,)? })*) => {
+        [$($(#[$meta])? Expected {
             name: stringify!($name),
             size: size_of::<bindings::$name>(),
             members: &[$((stringify!($member), offset_of!(bindings::$name, $member))),*],
@@ -47,10 +47,22 @@ static EXPECTED: &[Expected] = &expect! {
     kvm_vcpu { kvm, arch, run }
     kvm_vcpu_arch {
         regs, regs_avail, cr0, cr4, efer, hflags, mmu, guest_mmu, nested_run_pending,
-        reserved_gpa_bits,
+        reserved_gpa_bits, root_mmu,
     }
-    kvm_mmu { root_role, root, prev_roots }
+    kvm_mmu { root_role, root, prev_roots, page_fault, sync_spte }
     kvm_mmu_root_info { hpa }
+    #[cfg(MTK_GVA_WALK)]
+    kvm_vcpu_arch { gva_walk }
+    #[cfg(MTK_GVA_WALK)]
+    kvm_mmu { fmt }
+    #[cfg(MTK_GVA_WALK)]
+    kvm_pagewalk {}
+    #[cfg(MTK_GVA_WALK)]
+    kvm_page_format {}
+    #[cfg(not(MTK_GVA_WALK))]
+    kvm_vcpu_arch { nested_mmu }
+    #[cfg(not(MTK_GVA_WALK))]
+    kvm_mmu { get_guest_pgd, cpu_role, permissions, shadow_zero_check }
     kvm { arch, srcu }
     kvm_memory_slot { base_gfn, npages, userspace_addr, flags }
     kvm_arch { disabled_quirks }

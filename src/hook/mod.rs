@@ -165,6 +165,7 @@ hook_ids! {
     NESTED_RUN = mtk_hook_id_MTK_HOOK_nested_run;
     SYNC_VMCS02 = mtk_hook_id_MTK_HOOK_sync_vmcs02;
     ENTER_GUEST = mtk_hook_id_MTK_HOOK_enter_guest;
+    INIT_MMU = mtk_hook_id_MTK_HOOK_init_mmu;
 }
 
 impl HookId {

@@ -3,6 +3,7 @@
 
 pub(crate) mod fields;
 pub(crate) mod guest_memory;
+pub(crate) mod mmu;
 pub(crate) mod nested;
 pub(crate) mod shadow_page;
 pub(crate) mod thread;

@@ -10,6 +10,7 @@ mod drain;
 pub(crate) mod exits;
 pub(crate) mod fields;
 pub(crate) mod l2fields;
+pub(crate) mod nested_switch;
 pub(crate) mod vmptrld;
 
 use crate::{
@@ -51,7 +52,13 @@ impl Path {
 }
 
 /// All paths; a path's number is its place here.
-pub(crate) static PATHS: &[Path] = &[checks::PATH, fields::PATH, vmptrld::PATH, l2fields::PATH];
+pub(crate) static PATHS: &[Path] = &[
+    checks::PATH,
+    fields::PATH,
+    vmptrld::PATH,
+    l2fields::PATH,
+    nested_switch::PATH,
+];
 
 /// Hooks that keep per-vCPU state honest; attached whenever any path is not off, before the path's
 /// own and detached after them.
@@ -252,6 +259,7 @@ pub(crate) struct Local {
     pub(crate) fields: fields::Memory,
     pub(crate) regions: vmptrld::Regions,
     pub(crate) l2fields: l2fields::Memory,
+    pub(crate) nested_switch: nested_switch::Memory,
 }
 
 impl Local {
@@ -261,10 +269,12 @@ impl Local {
         fields: fields::Memory::NEW,
         regions: vmptrld::Regions::NEW,
         l2fields: l2fields::Memory::NEW,
+        nested_switch: nested_switch::Memory::NEW,
     };
 
     /// Forgets everything that was concluded from the vCPU's configuration.
     pub(crate) fn invalidate(&mut self) {
         self.checks.clear();
+        self.nested_switch.clear();
     }
 }

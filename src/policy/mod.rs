@@ -3,9 +3,11 @@
 //! (`rust/policy`) for unit, property and fuzz tests.
 
 pub mod btf;
+pub mod detour;
 pub mod learn;
 pub mod masks;
 pub mod mode;
 pub mod operand;
+pub mod role;
 pub mod segments;
 pub mod ways;
