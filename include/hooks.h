@@ -34,7 +34,8 @@
 	HOOK(nested_run, kvm_intel, nested_vmx_run, 2)			\
 	HOOK(sync_vmcs02, kvm_intel, sync_vmcs02_to_vmcs12, 2)		\
 	HOOK(enter_guest, kvm_intel, vmx_prepare_switch_to_guest, 1)	\
-	HOOK(init_mmu, kvm, kvm_init_mmu, 1)
+	HOOK(init_mmu, kvm, kvm_init_mmu, 1)				\
+	HOOK(set_efer, kvm_intel, vmx_set_efer, 2)
 
 /*
  * KVM functions that Matryoshka calls: CALL(id, module, symbol, nargs), with the same checks, up to 5

@@ -29,7 +29,12 @@ macro_rules! expect {
 
 /// Every structure that the module reads or writes, with the members that it touches.
 static EXPECTED: &[Expected] = &expect! {
-    vcpu_vmx { vcpu, vt, rflags, vmcs01, loaded_vmcs, rmode, segment_cache, nested }
+    vcpu_vmx {
+        vcpu, vt, rflags, vmcs01, loaded_vmcs, rmode, segment_cache, nested, guest_uret_msrs,
+        msr_autoload,
+    }
+    vmx_uret_msr { load_into_hardware }
+    vmx_msrs { nr }
     vcpu_vt { exit_reason }
     nested_vmx {
         current_vmptr, cached_vmcs12, need_vmcs12_to_shadow_sync, dirty_vmcs12,
@@ -38,7 +43,7 @@ static EXPECTED: &[Expected] = &expect! {
     }
     nested_vmx_msrs { misc_low, secondary_ctls_high }
     loaded_vmcs { vmcs, shadow_vmcs, cpu, controls_shadow }
-    vmcs_controls_shadow { secondary_exec }
+    vmcs_controls_shadow { vm_entry, vm_exit, secondary_exec }
     vmcs12 {
         io_bitmap_a, vmcs_link_pointer, cr0_guest_host_mask, guest_cr0, host_cr0,
         pin_based_vm_exec_control, secondary_vm_exec_control, guest_activity_state, virtual_processor_id, host_tr_selector,

@@ -166,6 +166,7 @@ hook_ids! {
     SYNC_VMCS02 = mtk_hook_id_MTK_HOOK_sync_vmcs02;
     ENTER_GUEST = mtk_hook_id_MTK_HOOK_enter_guest;
     INIT_MMU = mtk_hook_id_MTK_HOOK_init_mmu;
+    SET_EFER = mtk_hook_id_MTK_HOOK_set_efer;
 }
 
 impl HookId {

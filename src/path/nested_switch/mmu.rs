@@ -89,7 +89,7 @@ static REPORTED: AtomicBool = AtomicBool::new(false);
 #[inline(never)]
 fn init_slowly(vcpu: Vcpu, cont: Continuation) -> Verdict {
     let section = InFlight::enter(HOOK);
-    if state::with(vcpu, |_, _| ()).is_none() && !(vcpu.guest_mode() && ensure(vcpu, &section)) {
+    if !ensure(vcpu, &section) {
         return Verdict::STOCK;
     }
     let key = vcpu.mmu_key();

@@ -6,8 +6,10 @@
 //! same when the inputs come again. Any call may as well go to the stock function: what the parts leave behind is
 //! what stock left behind for the same inputs. The test knob (`policy::detour`) makes use of that.
 //!
-//! - [`mmu`]: kvm_init_mmu(), the description of the guest's paging.
+//! - [`mmu`]: kvm_init_mmu(), the description of the guest's paging;
+//! - [`efer`]: vmx_set_efer(), EFER and the MSRs that are loaded with the guest.
 
+mod efer;
 mod mmu;
 
 use super::{Counters, Path};
@@ -29,7 +31,7 @@ const NUMBER: usize = 4;
 pub(super) const PATH: Path = Path {
     name: c_str!("nested_switch"),
     about: c_str!("what a switch between L1 and L2 leaves unchanged is not made again"),
-    hooks: &[HookId::INIT_MMU],
+    hooks: &[HookId::INIT_MMU, HookId::SET_EFER],
     calls: &[],
     drain: None,
     drain_hooks: &[],
@@ -68,6 +70,7 @@ pub(crate) fn set_detour(rate: Rate) {
 pub(crate) struct Memory {
     detour: Detour,
     mmu: mmu::Memory,
+    efer: efer::Memory,
 }
 
 impl Memory {
@@ -75,11 +78,13 @@ impl Memory {
     pub(crate) const NEW: Memory = Memory {
         detour: Detour::NEW,
         mmu: mmu::Memory::NEW,
+        efer: efer::Memory::NEW,
     };
 
     /// Forgets everything.
     pub(crate) fn clear(&mut self) {
         self.mmu.clear();
+        self.efer.clear();
     }
 }
 
@@ -104,10 +109,14 @@ fn mode(hook: HookId) -> Mode {
     }
 }
 
-/// Makes the vCPU's state, if it has none, where it is sure to be one of kvm_intel's.
+/// Whether the vCPU has a state. One is made when L2 runs for the first time: then the vCPU is one of kvm_intel's, and
+/// complete.
 fn ensure(vcpu: Vcpu, section: &InFlight) -> bool {
-    let made = state::ensure(vcpu, section);
-    if !made {
+    if state::with(vcpu, |_, _| ()).is_some() {
+        return true;
+    }
+    let made = vcpu.guest_mode() && state::ensure(vcpu, section);
+    if !made && vcpu.guest_mode() {
         super::count_stateless(NUMBER, Reason::NoState as usize);
     }
     made
