@@ -35,7 +35,8 @@
 	HOOK(sync_vmcs02, kvm_intel, sync_vmcs02_to_vmcs12, 2)		\
 	HOOK(enter_guest, kvm_intel, vmx_prepare_switch_to_guest, 1)	\
 	HOOK(init_mmu, kvm, kvm_init_mmu, 1)				\
-	HOOK(set_efer, kvm_intel, vmx_set_efer, 2)
+	HOOK(set_efer, kvm_intel, vmx_set_efer, 2)			\
+	HOOK(load_host_state, kvm_intel, load_vmcs12_host_state, 2)
 
 /*
  * KVM functions that Matryoshka calls: CALL(id, module, symbol, nargs), with the same checks, up to 5
@@ -55,4 +56,6 @@
 	CALL(skip_instruction, kvm, kvm_skip_emulated_instruction, 1)	\
 	CALL(free_roots, kvm, kvm_mmu_free_roots, 3)			\
 	CALL(gfn_to_memslot, kvm, kvm_vcpu_gfn_to_memslot, 2)		\
-	CALL(write_guest_page, kvm, kvm_write_guest_page, 5)
+	CALL(write_guest_page, kvm, kvm_write_guest_page, 5)		\
+	CALL(new_pgd, kvm, kvm_mmu_new_pgd, 2)				\
+	CALL(transition_flush, kvm_intel, nested_vmx_transition_tlb_flush, 3)

@@ -7,7 +7,7 @@ use crate::{
     bindings,
     hook::{self, AttachError, Attached, Function, HookId},
     layout,
-    path::{self, checks, exits},
+    path::{self, checks, exits, nested_switch},
     policy::mode::Mode,
     state,
 };
@@ -232,6 +232,7 @@ impl Control {
                 }
                 self.target = Target::Ready(prototypes);
                 checks::prepare();
+                nested_switch::prepare();
             }
             Err(mismatch) => self.target = Target::Refused(mismatch),
         }

@@ -35,7 +35,7 @@ static EXPECTED: &[Expected] = &expect! {
     }
     vmx_uret_msr { load_into_hardware }
     vmx_msrs { nr }
-    vcpu_vt { exit_reason }
+    vcpu_vt { exit_reason, emulation_required }
     nested_vmx {
         current_vmptr, cached_vmcs12, need_vmcs12_to_shadow_sync, dirty_vmcs12,
         need_sync_vmcs02_to_vmcs12_rare, vmcs02, msrs, vmxon, vmxon_ptr, posted_intr_nv,
@@ -49,10 +49,12 @@ static EXPECTED: &[Expected] = &expect! {
         pin_based_vm_exec_control, secondary_vm_exec_control, guest_activity_state, virtual_processor_id, host_tr_selector,
         guest_pml_index,
     }
-    kvm_vcpu { kvm, arch, run }
+    kvm_vcpu { kvm, arch, run, guest_debug }
     kvm_vcpu_arch {
         regs, regs_avail, cr0, cr4, efer, hflags, mmu, guest_mmu, nested_run_pending,
-        reserved_gpa_bits, root_mmu,
+        reserved_gpa_bits, root_mmu, regs_dirty, rip, cr0_guest_owned_bits, cr3,
+        cr4_guest_owned_bits, host_debugctl, cpu_caps, cpuid_dynamic_bits_dirty, pat,
+        switch_db_regs, dr7,
     }
     kvm_mmu { root_role, root, prev_roots, page_fault, sync_spte }
     kvm_mmu_root_info { hpa }
@@ -65,7 +67,7 @@ static EXPECTED: &[Expected] = &expect! {
     #[cfg(MTK_GVA_WALK)]
     kvm_page_format {}
     #[cfg(not(MTK_GVA_WALK))]
-    kvm_vcpu_arch { nested_mmu }
+    kvm_vcpu_arch { nested_mmu, walk_mmu }
     #[cfg(not(MTK_GVA_WALK))]
     kvm_mmu { get_guest_pgd, cpu_role, permissions, shadow_zero_check }
     kvm { arch, srcu }

@@ -87,6 +87,8 @@ call_ids! {
     FREE_ROOTS = mtk_call_id_MTK_CALL_free_roots;
     GFN_TO_MEMSLOT = mtk_call_id_MTK_CALL_gfn_to_memslot;
     WRITE_GUEST_PAGE = mtk_call_id_MTK_CALL_write_guest_page;
+    NEW_PGD = mtk_call_id_MTK_CALL_new_pgd;
+    TRANSITION_FLUSH = mtk_call_id_MTK_CALL_transition_flush;
 }
 
 static CALL_ADDRESSES: [AtomicUsize; CALLS] = [const { AtomicUsize::new(0) }; CALLS];
@@ -167,6 +169,7 @@ hook_ids! {
     ENTER_GUEST = mtk_hook_id_MTK_HOOK_enter_guest;
     INIT_MMU = mtk_hook_id_MTK_HOOK_init_mmu;
     SET_EFER = mtk_hook_id_MTK_HOOK_set_efer;
+    LOAD_HOST_STATE = mtk_hook_id_MTK_HOOK_load_host_state;
 }
 
 impl HookId {

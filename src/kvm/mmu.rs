@@ -173,6 +173,13 @@ impl Vcpu {
         )
     }
 
+    /// The paging mode that L1 has with these registers, if it is one that can be remembered.
+    #[inline(always)]
+    pub(crate) fn mmu_key_of(self, cr0: u64, cr4: u64, efer: u64) -> Option<role::Key> {
+        let hflags = u64::from(read!(self, vcpu.arch.hflags));
+        role::Key::new(cr0, cr4, efer, hflags, false)
+    }
+
     /// `mmu_is_nested()`: the vCPU uses L1's EPT.
     #[inline(always)]
     pub(crate) fn mmu_is_nested(self) -> bool {

@@ -4,6 +4,7 @@
 pub(crate) mod efer;
 pub(crate) mod fields;
 pub(crate) mod guest_memory;
+pub(crate) mod host_state;
 pub(crate) mod mmu;
 pub(crate) mod nested;
 pub(crate) mod shadow_page;

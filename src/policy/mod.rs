@@ -4,6 +4,7 @@
 
 pub mod btf;
 pub mod detour;
+pub mod host_state;
 pub mod learn;
 pub mod masks;
 pub mod mode;

@@ -37,6 +37,13 @@ impl Memory {
         self.0.iter().flatten().find(|known| known.efer() == efer)
     }
 
+    /// Whether vmx_set_efer() with this argument would change nothing but `vcpu->arch.efer`.
+    #[inline(always)]
+    pub(super) fn is_current(&self, vcpu: Vcpu, efer: u64) -> bool {
+        self.get(efer)
+            .is_some_and(|known| known.is_current(vcpu, efer))
+    }
+
     fn remember(&mut self, state: EferState) {
         let [first, second] = &mut self.0;
         if first.is_some_and(|known| known.efer() != state.efer()) {
@@ -68,8 +75,7 @@ extern "C" fn mtk_on_set_efer(
             let hit = state::with(vcpu, |local, counters| {
                 let memory = &mut local.nested_switch;
                 let count = counters.path::<NUMBER>();
-                let known = memory.efer.get(efer)?;
-                if !known.is_current(vcpu, efer) || takes_detour(&mut memory.detour, count) {
+                if !memory.efer.is_current(vcpu, efer) || takes_detour(&mut memory.detour, count) {
                     return None;
                 }
                 vcpu.note_efer(efer);

@@ -46,7 +46,7 @@ impl Memory {
     }
 
     #[inline(always)]
-    fn get(&self, key: Key) -> Option<&MmuState> {
+    pub(super) fn get(&self, key: Key) -> Option<&MmuState> {
         let known = self.0.get(key.place())?;
         (known.key == Some(key)).then_some(&known.state)
     }

@@ -7,14 +7,16 @@
 //! what stock left behind for the same inputs. The test knob (`policy::detour`) makes use of that.
 //!
 //! - [`mmu`]: kvm_init_mmu(), the description of the guest's paging;
-//! - [`efer`]: vmx_set_efer(), EFER and the MSRs that are loaded with the guest.
+//! - [`efer`]: vmx_set_efer(), EFER and the MSRs that are loaded with the guest;
+//! - [`host_state`]: load_vmcs12_host_state(), what L1 finds after an exit of L2.
 
 mod efer;
+mod host_state;
 mod mmu;
 
 use super::{Counters, Path};
 use crate::{
-    hook::{HookId, InFlight},
+    hook::{CallId, HookId, InFlight},
     kvm::Vcpu,
     policy::{
         detour::{Detour, Rate},
@@ -31,8 +33,8 @@ const NUMBER: usize = 4;
 pub(super) const PATH: Path = Path {
     name: c_str!("nested_switch"),
     about: c_str!("what a switch between L1 and L2 leaves unchanged is not made again"),
-    hooks: &[HookId::INIT_MMU, HookId::SET_EFER],
-    calls: &[],
+    hooks: &[HookId::INIT_MMU, HookId::SET_EFER, HookId::LOAD_HOST_STATE],
+    calls: &[CallId::NEW_PGD, CallId::TRANSITION_FLUSH],
     drain: None,
     drain_hooks: &[],
     reasons: &["no_state", "new", "changed", "unusual", "detour"],
@@ -53,6 +55,11 @@ enum Reason {
     Detour,
 }
 
+/// Reads what the path needs to know about kvm_intel, each time it has been loaded.
+pub(crate) fn prepare() {
+    host_state::prepare();
+}
+
 /// The test knob, a `Rate` as one word; 0, the default, is off.
 static DETOUR: AtomicU64 = AtomicU64::new(0);
 
@@ -71,6 +78,7 @@ pub(crate) struct Memory {
     detour: Detour,
     mmu: mmu::Memory,
     efer: efer::Memory,
+    host_state: host_state::Memory,
 }
 
 impl Memory {
@@ -79,12 +87,14 @@ impl Memory {
         detour: Detour::NEW,
         mmu: mmu::Memory::NEW,
         efer: efer::Memory::NEW,
+        host_state: host_state::Memory::NEW,
     };
 
     /// Forgets everything.
     pub(crate) fn clear(&mut self) {
         self.mmu.clear();
         self.efer.clear();
+        self.host_state.clear();
     }
 }
 
