@@ -210,13 +210,13 @@ impl Vcpu {
     pub(crate) unsafe fn load_host_state(self, m: Vmcs12, plan: Plan, known: &ControlRegisters) {
         self.host_fields(m, plan, known, |field, value| {
             // SAFETY: By this function's contract vmcs01 is current, and these are the values that KVM would write.
-            unsafe { vmx::vmwrite(field, value) };
+            unsafe { vmx::vmwrite_basic(field, value) };
         });
         // SAFETY: As above.
         let (blocking, mask) = unsafe {
             (
-                vmx::vmread(GUEST_INTERRUPTIBILITY_INFO).unwrap_or(0),
-                vmx::vmread(CR4_GUEST_HOST_MASK).unwrap_or(u64::MAX),
+                vmx::vmread_basic(GUEST_INTERRUPTIBILITY_INFO),
+                vmx::vmread_basic(CR4_GUEST_HOST_MASK),
             )
         };
         if blocking & BLOCKING != 0 {

@@ -340,22 +340,18 @@ impl Vcpu {
             let cached = |_: &mut u16, _: &mut u32, _: usize| ();
             each!(cache, known, cached, 0 1 2 3 4 5 6 7);
         } else if cache.bitmask == 0 {
-            let mut complete = true;
-            let mut read = |selector: &mut u16, ar: &mut u32, index: usize| {
-                // SAFETY: By the invariants of `Vcpu` the right VMCS is current.
-                let (s, a) = unsafe {
-                    (
-                        vmx::vmread(segments::SELECTOR[index]),
-                        vmx::vmread(segments::ACCESS_RIGHTS[index]),
-                    )
-                };
-                complete &= s.is_some() & a.is_some();
-                (*selector, *ar) = (s.unwrap_or(0) as u16, a.unwrap_or(0) as u32);
-            };
-            each!(cache, known, read, 0 1 2 3 4 5 6 7);
-            if !complete {
+            // SAFETY: By the invariants of `Vcpu` the right VMCS is current. If none is, this one says so.
+            if unsafe { vmx::vmread(segments::SELECTOR[0]) }.is_none() {
                 return false;
             }
+            let read = |selector: &mut u16, ar: &mut u32, index: usize| {
+                // SAFETY: As above; every processor has these fields.
+                unsafe {
+                    *selector = vmx::vmread_basic(segments::SELECTOR[index]) as u16;
+                    *ar = vmx::vmread_basic(segments::ACCESS_RIGHTS[index]) as u32;
+                }
+            };
+            each!(cache, known, read, 0 1 2 3 4 5 6 7);
             cache.bitmask = SEG_SELECTORS_AND_RIGHTS;
         } else {
             return false;
