@@ -31,6 +31,7 @@ macro_rules! expect {
 static EXPECTED: &[Expected] = &expect! {
     vcpu_vmx {
         vcpu, vt, rflags, vmcs01, loaded_vmcs, rmode, segment_cache, nested, guest_uret_msrs,
+        guest_uret_msrs_loaded,
         msr_autoload,
     }
     vmx_uret_msr { load_into_hardware }

@@ -6,6 +6,8 @@ use crate::bindings;
 
 const GUEST_IA32_EFER: u64 = 0x2806;
 const HOST_IA32_EFER: u64 = 0x2c02;
+const VM_ENTRY_CONTROLS: u64 = 0x4012;
+const VM_EXIT_CONTROLS: u64 = 0x400c;
 /// EFER_LMA.
 const LMA: u64 = 1 << 10;
 /// VM_ENTRY_IA32E_MODE and VM_ENTRY_LOAD_IA32_EFER.
@@ -37,10 +39,8 @@ pub(crate) struct EferState {
 impl EferState {
     /// What the vCPU has now for this EFER. `None` if the guest is not in 64-bit mode, or EFER is switched in
     /// another way than by the processor's own control.
-    #[inline(always)]
     pub(crate) fn now(vcpu: Vcpu, efer: u64) -> Option<Self> {
-        let by_list = read!(vcpu, msr_autoload.guest.nr) | read!(vcpu, msr_autoload.host.nr);
-        if efer & LMA == 0 || by_list != 0 {
+        if efer & LMA == 0 || !Self::is_applicable(vcpu) {
             return None;
         }
         let vmcs = read!(vcpu, loaded_vmcs);
@@ -83,19 +83,51 @@ impl EferState {
         self.efer
     }
 
-    /// Whether `efer` is the argument and everything is as it was left, so that vmx_set_efer() would change nothing
-    /// but `vcpu->arch.efer`, and would have the MSRs loaded anew that are loaded.
+    /// Whether EFER is switched by nothing but the processor's own control, so that `apply` may be called.
     #[inline(always)]
-    pub(crate) fn is_current(&self, vcpu: Vcpu, efer: u64) -> bool {
-        self.efer == efer && Self::now(vcpu, efer).is_some_and(|now| now == *self)
+    pub(crate) fn is_applicable(vcpu: Vcpu) -> bool {
+        read!(vcpu, msr_autoload.guest.nr) | read!(vcpu, msr_autoload.host.nr) == 0
     }
-}
 
-impl Vcpu {
-    /// Sets `vcpu->arch.efer`.
+    /// Makes everything what vmx_set_efer() with the same argument would make it.
+    ///
+    /// Where no MSR joins or leaves those that are loaded, they are not loaded anew, as the stock function would have
+    /// it: what is loaded is right, because KVM writes a new value to hardware at once.
+    ///
+    /// # Safety
+    ///
+    /// The VMCS that KVM's vmx_set_efer() would write is current, and `is_applicable`.
     #[inline(always)]
-    pub(crate) fn note_efer(self, efer: u64) {
-        // SAFETY: By the invariants of `Vcpu`.
-        unsafe { (&raw mut (*self.raw()).vcpu.arch.efer).write(efer) };
+    pub(crate) unsafe fn apply(&self, vcpu: Vcpu) {
+        let vmx = vcpu.raw();
+        // SAFETY: By the invariants of `Vcpu` and this function's contract; KVM's copy of the controls is kept right.
+        unsafe {
+            (*vmx).vcpu.arch.efer = self.efer;
+            let mut loaded = 0;
+            for slot in 0..SLOTS {
+                loaded |= u32::from((*vmx).guest_uret_msrs[slot].load_into_hardware) << slot;
+            }
+            if loaded != self.loaded {
+                for slot in 0..SLOTS {
+                    let load = self.loaded >> slot & 1 != 0;
+                    (*vmx).guest_uret_msrs[slot].load_into_hardware = load;
+                }
+                (*vmx).guest_uret_msrs_loaded = false;
+            }
+            let shadow = &raw mut (*(*vmx).loaded_vmcs).controls_shadow;
+            let entry = (*shadow).vm_entry & !ENTRY_CONTROLS | self.entry;
+            if entry != (*shadow).vm_entry {
+                vmx::vmwrite_basic(VM_ENTRY_CONTROLS, u64::from(entry));
+                (*shadow).vm_entry = entry;
+            }
+            let exit = (*shadow).vm_exit & !EXIT_CONTROLS | self.exit;
+            if exit != (*shadow).vm_exit {
+                vmx::vmwrite_basic(VM_EXIT_CONTROLS, u64::from(exit));
+                (*shadow).vm_exit = exit;
+            }
+            if entry & ENTRY_LOAD_EFER != 0 {
+                vmx::vmwrite_basic(GUEST_IA32_EFER, self.guest);
+            }
+        }
     }
 }

@@ -199,8 +199,8 @@ impl Vcpu {
         );
     }
 
-    /// Does what load_vmcs12_host_state() does, but for EFER's MSRs, which are right already, and what follows for
-    /// the MMU: the description of the guest's paging, the root for the new CR3 and flushes of the TLB.
+    /// Does what load_vmcs12_host_state() does, but for EFER (`EferState::apply`) and what follows for the MMU: the
+    /// description of the guest's paging, the root for the new CR3 and flushes of the TLB.
     ///
     /// # Safety
     ///
@@ -229,7 +229,6 @@ impl Vcpu {
         // SAFETY: By the invariants of `Vcpu` these are this thread's.
         unsafe {
             let arch = &raw mut (*vmx).vcpu.arch;
-            (*arch).efer = plan.efer;
             (*arch).regs[bindings::MTK_REG_RSP as usize] = rsp as _;
             (*arch).rip = rip as _;
             (*arch).cr0_guest_owned_bits = known.cr0_owned as _;

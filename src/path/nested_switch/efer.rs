@@ -2,12 +2,9 @@
 //! vmx_set_efer(): KVM looks six MSRs up in a table, each time that L1 or L2 is entered by the other, to find that
 //! the same ones as before are to be loaded with the guest.
 //!
-//! What the function leaves behind follows from its argument and from CPUID. The last result is kept for each of two
-//! arguments, L1's and L2's; if everything that it consists of is found as it was left, there is nothing to do. It does
-//! not matter who has called what meanwhile.
-//!
-//! The stock function also has the MSRs written to hardware again. As long as none of them joins or leaves, those
-//! that are loaded are right: KVM writes a new value to hardware at once.
+//! What the function leaves behind follows from its argument and from CPUID: which MSRs are loaded, two controls, and
+//! the EFER in the VMCS. The last result is kept for each of two arguments, L1's and L2's, and made again where
+//! something else is found.
 
 use super::{ensure, mismatch, mode, takes_detour, Reason, NUMBER};
 use crate::{
@@ -32,16 +29,11 @@ impl Memory {
         *self = Self::NEW;
     }
 
+    /// What vmx_set_efer() with this argument makes.
     #[inline(always)]
-    fn get(&self, efer: u64) -> Option<&EferState> {
-        self.0.iter().flatten().find(|known| known.efer() == efer)
-    }
-
-    /// Whether vmx_set_efer() with this argument would change nothing but `vcpu->arch.efer`.
-    #[inline(always)]
-    pub(super) fn is_current(&self, vcpu: Vcpu, efer: u64) -> bool {
-        self.get(efer)
-            .is_some_and(|known| known.is_current(vcpu, efer))
+    pub(super) fn get(&self, vcpu: Vcpu, efer: u64) -> Option<&EferState> {
+        let known = self.0.iter().flatten().find(|known| known.efer() == efer)?;
+        EferState::is_applicable(vcpu).then_some(known)
     }
 
     fn remember(&mut self, state: EferState) {
@@ -75,10 +67,12 @@ extern "C" fn mtk_on_set_efer(
             let hit = state::with(vcpu, |local, counters| {
                 let memory = &mut local.nested_switch;
                 let count = counters.path::<NUMBER>();
-                if !memory.efer.is_current(vcpu, efer) || takes_detour(&mut memory.detour, count) {
+                let known = memory.efer.get(vcpu, efer)?;
+                if takes_detour(&mut memory.detour, count) {
                     return None;
                 }
-                vcpu.note_efer(efer);
+                // SAFETY: In the handler of vmx_set_efer(); `get` has looked.
+                unsafe { known.apply(vcpu) };
                 count.taken.bump();
                 Some(())
             });
@@ -100,26 +94,24 @@ fn set_slowly(vcpu: Vcpu, efer: u64, cont: Continuation) -> Verdict {
     if !ensure(vcpu, &section) {
         return Verdict::STOCK;
     }
-    let before = EferState::now(vcpu, efer);
     // SAFETY: This handler's continuation and the hooked function's own arguments.
     let ret = unsafe { section.call_stock(cont, [vcpu.key(), efer as usize, 0]) };
     state::with(vcpu, |local, counters| {
         let count = counters.path::<NUMBER>();
         let memory = &mut local.nested_switch.efer;
-        let known = memory.get(efer).copied();
+        let known = memory.get(vcpu, efer).copied();
         let now = EferState::now(vcpu, efer);
-        if known.is_some() && known == before {
+        if known.is_some() {
             count.checked.bump();
-            if now != before && mismatch(count, &REPORTED) {
+            if now != known && mismatch(count, &REPORTED) {
                 pr_warn!(
-                    "nested_switch: vmx_set_efer() was to leave {before:x?} and left {now:x?}\n"
+                    "nested_switch: vmx_set_efer() was to leave {known:x?} and left {now:x?}\n"
                 );
             }
         } else {
-            let reason = match (now, known) {
-                (None, _) => Reason::Unusual,
-                (_, None) => Reason::New,
-                _ => Reason::Changed,
+            let reason = match now {
+                None => Reason::Unusual,
+                Some(_) => Reason::New,
             };
             count.fall_back(reason as usize);
         }

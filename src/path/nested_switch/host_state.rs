@@ -78,13 +78,15 @@ extern "C" fn mtk_on_load_host_state(
                 let known = memory.host_state.known.as_ref()?;
                 let paging = memory.mmu.get(key)?;
                 let count = counters.path::<NUMBER>();
-                if !memory.efer.is_current(vcpu, plan.efer)
-                    || takes_detour(&mut memory.detour, count)
-                {
+                let efer = memory.efer.get(vcpu, plan.efer)?;
+                if takes_detour(&mut memory.detour, count) {
                     return None;
                 }
-                // SAFETY: `plan` has asked all that is to be asked.
-                unsafe { vcpu.load_host_state(m, plan, known) };
+                // SAFETY: `plan` has asked all that is to be asked, and vmcs01 is current.
+                unsafe {
+                    efer.apply(vcpu);
+                    vcpu.load_host_state(m, plan, known);
+                }
                 paging.restore(vcpu, key.is_nested());
                 count.taken.bump();
                 Some(())
