@@ -35,7 +35,10 @@
 	HOOK(sync_vmcs02, kvm_intel, sync_vmcs02_to_vmcs12, 2)		\
 	HOOK(enter_guest, kvm_intel, vmx_prepare_switch_to_guest, 1)	\
 	HOOK(ept_page_fault, kvm, ept_page_fault, 2)			\
-	HOOK(tdp_page_fault, kvm, kvm_tdp_page_fault, 2)
+	HOOK(tdp_page_fault, kvm, kvm_tdp_page_fault, 2)		\
+	HOOK(init_mmu, kvm, kvm_init_mmu, 1)				\
+	HOOK(set_efer, kvm_intel, vmx_set_efer, 2)			\
+	HOOK(load_host_state, kvm_intel, load_vmcs12_host_state, 2)
 
 /*
  * KVM functions that Matryoshka calls: CALL(id, module, symbol, nargs), with the same checks, up to 5
@@ -59,4 +62,6 @@
 	CALL(read_guest_atomic, kvm, kvm_vcpu_read_guest_atomic, 4)	\
 	CALL(topup_mmu_caches, kvm, mmu_topup_memory_caches, 2)		\
 	CALL(prefetch_sptes, kvm, kvm_mmu_prefetch_sptes, 5)		\
-	CALL(tdp_page_fault, kvm, kvm_tdp_page_fault, 2)
+	CALL(tdp_page_fault, kvm, kvm_tdp_page_fault, 2)		\
+	CALL(new_pgd, kvm, kvm_mmu_new_pgd, 2)				\
+	CALL(transition_flush, kvm_intel, nested_vmx_transition_tlb_flush, 3)

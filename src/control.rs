@@ -7,7 +7,7 @@ use crate::{
     bindings,
     hook::{self, AttachError, Attached, Function, HookId},
     kvm, layout,
-    path::{self, checks, exits},
+    path::{self, checks, exits, nested_switch},
     policy::mode::Mode,
     state,
 };
@@ -233,6 +233,7 @@ impl Control {
                 self.target = Target::Ready(prototypes);
                 checks::prepare();
                 kvm::prepare();
+                nested_switch::prepare();
             }
             Err(mismatch) => self.target = Target::Refused(mismatch),
         }

@@ -18,40 +18,62 @@ struct Expected {
 }
 
 macro_rules! expect {
-    ($($name:ident { $($member:ident),* $(,)? })*) => {
-        [$(Expected {
+    ($(
+        $(#[$meta:meta])? $name:ident { $($(#[$member_meta:meta])? $member:ident),* $(,)? }
+    )*) => {
+        [$($(#[$meta])? Expected {
             name: stringify!($name),
             size: size_of::<bindings::$name>(),
-            members: &[$((stringify!($member), offset_of!(bindings::$name, $member))),*],
+            members: &[$(
+                $(#[$member_meta])? (stringify!($member), offset_of!(bindings::$name, $member))
+            ),*],
         }),*]
     };
 }
 
 /// Every structure that the module reads or writes, with the members that it touches.
 static EXPECTED: &[Expected] = &expect! {
-    vcpu_vmx { vcpu, vt, rflags, vmcs01, loaded_vmcs, rmode, segment_cache, nested }
-    vcpu_vt { exit_reason }
+    vcpu_vmx {
+        vcpu, vt, rflags, vmcs01, loaded_vmcs, rmode, segment_cache, nested, guest_uret_msrs,
+        guest_uret_msrs_loaded,
+        msr_autoload,
+    }
+    vmx_uret_msr { load_into_hardware }
+    vmx_msrs { nr }
+    vcpu_vt { exit_reason, emulation_required }
     nested_vmx {
         current_vmptr, cached_vmcs12, need_vmcs12_to_shadow_sync, dirty_vmcs12,
         need_sync_vmcs02_to_vmcs12_rare, vmcs02, msrs, vmxon, vmxon_ptr, posted_intr_nv,
-        cached_shadow_vmcs12,
+        cached_shadow_vmcs12, virtual_apic_map, force_msr_bitmap_recalc,
     }
     nested_vmx_msrs { misc_low, secondary_ctls_high }
-    loaded_vmcs { vmcs, shadow_vmcs, cpu, controls_shadow }
-    vmcs_controls_shadow { secondary_exec }
+    loaded_vmcs { vmcs, shadow_vmcs, cpu, controls_shadow, msr_bitmap }
+    vmcs_controls_shadow { vm_entry, vm_exit, exec, secondary_exec }
+    kvm_host_map { pfn, hva }
     vmcs12 {
         io_bitmap_a, vmcs_link_pointer, cr0_guest_host_mask, guest_cr0, host_cr0,
         pin_based_vm_exec_control, secondary_vm_exec_control, guest_activity_state, virtual_processor_id, host_tr_selector,
         guest_pml_index,
     }
-    kvm_vcpu { kvm, arch, run }
+    kvm_vcpu { kvm, arch, run, guest_debug }
     kvm_vcpu_arch {
         regs, regs_avail, cr0, cr4, efer, hflags, mmu, guest_mmu, nested_run_pending,
-        reserved_gpa_bits, mmu_pte_list_desc_cache,
+        reserved_gpa_bits, mmu_pte_list_desc_cache, root_mmu, regs_dirty, rip, cr0_guest_owned_bits, cr3,
+        cr4_guest_owned_bits, host_debugctl, cpu_caps, cpuid_dynamic_bits_dirty, pat,
+        switch_db_regs, dr7, #[cfg(MTK_GVA_WALK)] gva_walk,
+        #[cfg(not(MTK_GVA_WALK))] nested_mmu, #[cfg(not(MTK_GVA_WALK))] walk_mmu,
     }
-    kvm_mmu { root_role, root, prev_roots }
+    kvm_mmu {
+        root_role, root, prev_roots, page_fault, sync_spte, #[cfg(MTK_GVA_WALK)] fmt,
+        #[cfg(not(MTK_GVA_WALK))] get_guest_pgd, #[cfg(not(MTK_GVA_WALK))] cpu_role,
+        #[cfg(not(MTK_GVA_WALK))] permissions, #[cfg(not(MTK_GVA_WALK))] shadow_zero_check,
+    }
     kvm_mmu_root_info { hpa, pgd }
     kvm_mmu_memory_cache { nobjs }
+    #[cfg(MTK_GVA_WALK)]
+    kvm_pagewalk {}
+    #[cfg(MTK_GVA_WALK)]
+    kvm_page_format {}
     kvm { arch, srcu, mmu_invalidate_in_progress, online_vcpus }
     kvm_memory_slot { base_gfn, npages, userspace_addr, flags }
     kvm_arch { disabled_quirks, mmu_valid_gen }

@@ -3,7 +3,12 @@
 //!
 //! Readable by all (but `hooks`, which has kernel addresses) and writable by root only. A file shows at most one page.
 
-use crate::{bindings, control, path, policy::mode::Mode, state};
+use crate::{
+    bindings, control,
+    path::{self, nested_switch},
+    policy::{detour::Rate, mode::Mode},
+    state,
+};
 use core::fmt::{self, Write};
 use kernel::{c_str, ffi, prelude::*, str::CStr};
 
@@ -14,6 +19,7 @@ enum Kind {
     KernelMatch,
     Hooks,
     Vcpus,
+    Detour,
     Mode,
     State,
     Taken,
@@ -79,11 +85,12 @@ impl Attribute {
     }
 }
 
-static TOP: [Attribute; 4] = [
+static TOP: [Attribute; 5] = [
     Attribute::new(c"version", Kind::Version, 0o444),
     Attribute::new(c"kernel_match", Kind::KernelMatch, 0o444),
     Attribute::new(c"hooks", Kind::Hooks, 0o400),
     Attribute::new(c"vcpus", Kind::Vcpus, 0o444),
+    Attribute::new(c"detour", Kind::Detour, 0o644),
 ];
 
 static PER_PATH: [Attribute; 7] = [
@@ -135,6 +142,10 @@ fn write_page(kobj: *mut bindings::kobject, kind: Kind, out: &mut Page<'_>) -> f
             state::count(),
             core::mem::size_of::<state::VcpuState>()
         ),
+        Kind::Detour => {
+            let rate = nested_switch::detour();
+            writeln!(out, "{} {}", rate.every, rate.seed)
+        }
         Kind::Mode => writeln!(out, "{}", control::wanted(number).name()),
         Kind::State => control::describe_path(number, out),
         Kind::Taken => writeln!(out, "{}", path::total(number).taken.get()),
@@ -193,6 +204,9 @@ unsafe extern "C" fn store(
             .ok_or(EINVAL)
             .and_then(|mode| control::set_mode(number, mode)),
         (Kind::Knob(_, store), _) => store(text),
+        (Kind::Detour, _) => Rate::parse(text)
+            .ok_or(EINVAL)
+            .map(nested_switch::set_detour),
         _ => Err(EINVAL),
     };
     match result {

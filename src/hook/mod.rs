@@ -91,6 +91,8 @@ call_ids! {
     TOPUP_MMU_CACHES = mtk_call_id_MTK_CALL_topup_mmu_caches;
     PREFETCH_SPTES = mtk_call_id_MTK_CALL_prefetch_sptes;
     TDP_PAGE_FAULT = mtk_call_id_MTK_CALL_tdp_page_fault;
+    NEW_PGD = mtk_call_id_MTK_CALL_new_pgd;
+    TRANSITION_FLUSH = mtk_call_id_MTK_CALL_transition_flush;
 }
 
 static CALL_ADDRESSES: [AtomicUsize; CALLS] = [const { AtomicUsize::new(0) }; CALLS];
@@ -171,6 +173,9 @@ hook_ids! {
     ENTER_GUEST = mtk_hook_id_MTK_HOOK_enter_guest;
     EPT_PAGE_FAULT = mtk_hook_id_MTK_HOOK_ept_page_fault;
     TDP_PAGE_FAULT = mtk_hook_id_MTK_HOOK_tdp_page_fault;
+    INIT_MMU = mtk_hook_id_MTK_HOOK_init_mmu;
+    SET_EFER = mtk_hook_id_MTK_HOOK_set_efer;
+    LOAD_HOST_STATE = mtk_hook_id_MTK_HOOK_load_host_state;
 }
 
 impl HookId {

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Safe views of KVM's structures, for use inside a hook's handler.
 
+pub(crate) mod efer;
 pub(crate) mod ept02;
 pub(crate) mod fields;
 pub(crate) mod guest_memory;
+pub(crate) mod host_state;
+pub(crate) mod mmu;
 pub(crate) mod nested;
 pub(crate) mod shadow_page;
 pub(crate) mod tdp;

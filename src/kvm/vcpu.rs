@@ -317,6 +317,48 @@ impl Vcpu {
         Some(rflags & RFLAGS_VM == 0)
     }
 
+    /// Whether selectors and access rights of all segments are these: `segments() == Some(*known)` in fewer
+    /// instructions where KVM's cache has either all or none of them, and `false` elsewhere.
+    #[inline(always)]
+    pub(crate) fn segments_are(self, known: &Inputs) -> bool {
+        if !self.register_is_available(bindings::MTK_REG_SEGMENTS) {
+            self.mark_register_available(bindings::MTK_REG_SEGMENTS);
+            // SAFETY: By the invariants of `Vcpu` only this thread uses the cache.
+            unsafe { (&raw mut (*self.0).segment_cache.bitmask).write(0) };
+        }
+        // SAFETY: As above, for as long as `cache` is used here.
+        let cache = unsafe { &mut (*self.0).segment_cache };
+        let mut differs = 0;
+        macro_rules! each {
+            ($cache:expr, $known:expr, $failed:expr, $($index:literal)*) => {$({
+                let seg = &mut $cache.seg[$index];
+                $failed(&mut seg.selector, &mut seg.ar, $index);
+                differs |= segments::word(seg.selector, seg.ar) ^ $known.0[$index];
+            })*};
+        }
+        if cache.bitmask & SEG_SELECTORS_AND_RIGHTS == SEG_SELECTORS_AND_RIGHTS {
+            let cached = |_: &mut u16, _: &mut u32, _: usize| ();
+            each!(cache, known, cached, 0 1 2 3 4 5 6 7);
+        } else if cache.bitmask == 0 {
+            // SAFETY: By the invariants of `Vcpu` the right VMCS is current. If none is, this one says so.
+            if unsafe { vmx::vmread(segments::SELECTOR[0]) }.is_none() {
+                return false;
+            }
+            let read = |selector: &mut u16, ar: &mut u32, index: usize| {
+                // SAFETY: As above; every processor has these fields.
+                unsafe {
+                    *selector = vmx::vmread_basic(segments::SELECTOR[index]) as u16;
+                    *ar = vmx::vmread_basic(segments::ACCESS_RIGHTS[index]) as u32;
+                }
+            };
+            each!(cache, known, read, 0 1 2 3 4 5 6 7);
+            cache.bitmask = SEG_SELECTORS_AND_RIGHTS;
+        } else {
+            return false;
+        }
+        differs == 0
+    }
+
     /// Selector and access rights of all segments, out of KVM's segment cache where it has them and
     /// out of the VMCS (and into the cache, as KVM does) where not. `None` if the VMCS could not be
     /// read.
@@ -348,6 +390,16 @@ impl Vcpu {
         Some(inputs)
     }
 }
+
+/// The bits of selector and access rights of every segment in `segment_cache.bitmask`.
+const SEG_SELECTORS_AND_RIGHTS: u32 = {
+    let (mut bits, mut i) = (0, 0);
+    while i < segments::COUNT {
+        bits |= 1 << (i * SEG_FIELD_NR + SEG_FIELD_SEL) | 1 << (i * SEG_FIELD_NR + SEG_FIELD_AR);
+        i += 1;
+    }
+    bits
+};
 
 const SEG_FIELD_SEL: usize = bindings::segment_cache_field_SEG_FIELD_SEL as usize;
 const SEG_FIELD_AR: usize = bindings::segment_cache_field_SEG_FIELD_AR as usize;

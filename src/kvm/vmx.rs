@@ -116,3 +116,41 @@ pub(crate) unsafe fn vmread(field: u64) -> Option<u64> {
     }
     (failed == 0).then_some(value)
 }
+
+/// VMREAD of a field that every processor has, without asking whether it worked.
+///
+/// # Safety
+///
+/// As for [`vmread`]; a VMCS is current. Where that is broken the value is of no use, and nothing worse.
+#[inline(always)]
+pub(crate) unsafe fn vmread_basic(field: u64) -> u64 {
+    let mut value = 0;
+    // SAFETY: By this function's contract VMREAD does not fault; it changes RFLAGS and `value`.
+    unsafe {
+        asm!(
+            "vmread {value}, {field}",
+            field = in(reg) field,
+            value = inout(reg) value,
+            options(nostack, nomem),
+        );
+    }
+    value
+}
+
+/// VMWRITE of a field that this processor has, without asking whether it worked.
+///
+/// # Safety
+///
+/// As for [`vmwrite`].
+#[inline(always)]
+pub(crate) unsafe fn vmwrite_basic(field: u64, value: u64) {
+    // SAFETY: By this function's contract VMWRITE does not fault; it changes RFLAGS and the VMCS.
+    unsafe {
+        asm!(
+            "vmwrite {field}, {value}",
+            field = in(reg) field,
+            value = in(reg) value,
+            options(nostack),
+        );
+    }
+}

@@ -384,20 +384,20 @@ extern "C" fn mtk_on_guest_state_valid(
     if mode == Mode::Off || hook.livepatched() || v.plain_protected_mode() != Some(true) {
         return Verdict::STOCK;
     }
-    let Some(now) = v.segments() else {
-        return Verdict::STOCK;
-    };
-    let key = v.current_vmptr();
-    let was = state::with(v, |local, counters| {
-        let known = local.checks.0.get(key)?.segments.as_ref()?;
-        if mode == Mode::On && known.same(&now) {
+    if mode == Mode::On {
+        let hit = state::with(v, |local, counters| {
+            let known = local.checks.0.get(v.current_vmptr())?;
+            known.segments.as_ref().filter(|was| v.segments_are(was))?;
             counters.path::<NUMBER>().taken.bump();
+            Some(())
+        });
+        if let Some(Some(())) = hit {
+            return Verdict::handled(1);
         }
-        Some(known.same(&now))
-    });
-    match was {
-        Some(Some(true)) if mode == Mode::On => Verdict::handled(1),
-        _ => valid_slowly(v, vcpu, now, was.flatten(), cont),
+    }
+    match v.segments() {
+        Some(now) => valid_slowly(v, vcpu, now, cont),
+        None => Verdict::STOCK,
     }
 }
 
@@ -407,7 +407,6 @@ fn valid_slowly(
     vcpu: Vcpu,
     raw: *mut bindings::kvm_vcpu,
     now: SegmentInputs,
-    same: Option<bool>,
     cont: Continuation,
 ) -> Verdict {
     let section = InFlight::enter(HookId::GUEST_STATE_VALID);
@@ -419,6 +418,10 @@ fn valid_slowly(
     let key = vcpu.current_vmptr();
     let counted = state::with(vcpu, |local, counters| {
         let counters = counters.path::<NUMBER>();
+        let known = local.checks.0.get(key);
+        let same = known
+            .and_then(|known| known.segments.as_ref())
+            .map(|was| was.same(&now));
         if same == Some(true) {
             counters.checked.bump();
             if !ret {

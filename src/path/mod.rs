@@ -13,6 +13,7 @@ pub(crate) mod exits;
 pub(crate) mod fields;
 pub(crate) mod l2fields;
 pub(crate) mod learned;
+pub(crate) mod nested_switch;
 pub(crate) mod prefault;
 pub(crate) mod vmptrld;
 
@@ -65,6 +66,7 @@ pub(crate) static PATHS: &[Path] = &[
     l2fields::PATH,
     prefault::PATH,
     direct::PATH,
+    nested_switch::PATH,
 ];
 
 /// Hooks that keep per-vCPU state honest; attached whenever any path is not off, before the path's
@@ -277,6 +279,7 @@ pub(crate) struct Local {
     pub(crate) l2fields: l2fields::Memory,
     pub(crate) prefault: prefault::Memory,
     pub(crate) direct: direct::Memory,
+    pub(crate) nested_switch: nested_switch::Memory,
 }
 
 impl Local {
@@ -288,11 +291,13 @@ impl Local {
         l2fields: l2fields::Memory::NEW,
         prefault: prefault::Memory::NEW,
         direct: direct::Memory::NEW,
+        nested_switch: nested_switch::Memory::NEW,
     };
 
     /// Forgets everything that was concluded from the vCPU's configuration.
     pub(crate) fn invalidate(&mut self) {
         self.checks.clear();
         self.fields.reconsider();
+        self.nested_switch.clear();
     }
 }

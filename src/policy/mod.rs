@@ -4,12 +4,15 @@
 
 pub mod ahead;
 pub mod btf;
+pub mod detour;
 pub mod ept;
+pub mod host_state;
 pub mod knob;
 pub mod learn;
 pub mod masks;
 pub mod mode;
 pub mod operand;
+pub mod role;
 pub mod segments;
 pub mod set;
 pub mod ways;

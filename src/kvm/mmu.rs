@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What kvm_init_mmu() computes from the guest's paging mode: how the guest's page tables are walked and what
+//! faults, and the role of L0's own tables for it.
+//!
+//! From 7.3 on there is one description of the walk, `gva_walk`, which L1 and L2 share. Before, it is part of
+//! `root_mmu`, and of `nested_mmu` while L1's EPT is in use.
+
+use super::{vcpu::read, Vcpu};
+use crate::{bindings, policy::role};
+use core::mem::{offset_of, size_of};
+
+const _: () = {
+    assert!(bindings::MTK_MMU_CR0_ROLE_BITS as u64 == role::CR0_BITS);
+    assert!(bindings::MTK_MMU_CR4_ROLE_BITS as u64 == role::CR4_BITS);
+};
+
+/// Some words that lie together: where they begin in `struct kvm_vcpu_arch`, and how many there are.
+type Span = (usize, usize);
+
+#[cfg(MTK_GVA_WALK)]
+mod layout {
+    use super::*;
+    use bindings::{kvm_mmu, kvm_page_format, kvm_pagewalk, kvm_vcpu_arch};
+
+    const WALK: usize = offset_of!(kvm_vcpu_arch, gva_walk);
+    const ROOT: usize = offset_of!(kvm_vcpu_arch, root_mmu);
+
+    pub(super) const NESTED: [Span; 1] = [(WALK, size_of::<kvm_pagewalk>() / 8)];
+    pub(super) const PLAIN: [Span; 4] = [
+        NESTED[0],
+        // page_fault and sync_spte.
+        (ROOT, 2),
+        // With the padding behind it.
+        (ROOT + offset_of!(kvm_mmu, root_role), 1),
+        (
+            ROOT + offset_of!(kvm_mmu, fmt),
+            size_of::<kvm_page_format>() / 8,
+        ),
+    ];
+    const _: () = {
+        assert!(offset_of!(kvm_mmu, page_fault) == 0 && offset_of!(kvm_mmu, sync_spte) == 8);
+        assert!(offset_of!(kvm_mmu, prev_roots) >= offset_of!(kvm_mmu, root_role) + 8);
+        assert!(size_of::<kvm_pagewalk>() % 8 == 0 && size_of::<kvm_page_format>() % 8 == 0);
+    };
+}
+
+#[cfg(not(MTK_GVA_WALK))]
+mod layout {
+    use super::*;
+    use bindings::{kvm_mmu, kvm_vcpu_arch};
+
+    const fn spans(mmu: usize) -> [Span; 4] {
+        [
+            // The six functions.
+            (mmu, 6),
+            // cpu_role, root_role and pkru_mask.
+            (mmu + offset_of!(kvm_mmu, cpu_role), 2),
+            (mmu + offset_of!(kvm_mmu, permissions), 4),
+            // shadow_zero_check and guest_rsvd_check.
+            (
+                mmu + offset_of!(kvm_mmu, shadow_zero_check),
+                (size_of::<kvm_mmu>() - offset_of!(kvm_mmu, shadow_zero_check)) / 8,
+            ),
+        ]
+    }
+
+    // What of a `kvm_mmu` init_kvm_nested_mmu() leaves alone in `nested_mmu`, nothing else writes either.
+    pub(super) const NESTED: [Span; 4] = spans(offset_of!(kvm_vcpu_arch, nested_mmu));
+    pub(super) const PLAIN: [Span; 4] = spans(offset_of!(kvm_vcpu_arch, root_mmu));
+    const _: () = {
+        assert!(offset_of!(kvm_mmu, get_guest_pgd) == 0 && offset_of!(kvm_mmu, root) == 48);
+        assert!(offset_of!(kvm_mmu, pkru_mask) == offset_of!(kvm_mmu, cpu_role) + 12);
+        assert!(offset_of!(kvm_mmu, prev_roots) >= offset_of!(kvm_mmu, cpu_role) + 16);
+        assert!(offset_of!(kvm_mmu, pae_root) == offset_of!(kvm_mmu, permissions) + 32);
+    };
+}
+
+use layout::{NESTED, PLAIN};
+
+const fn words(spans: &[Span]) -> usize {
+    let (mut sum, mut i) = (0, 0);
+    while i < spans.len() {
+        assert!(spans[i].0 % 8 == 0);
+        assert!(spans[i].0 + 8 * spans[i].1 <= size_of::<bindings::kvm_vcpu_arch>());
+        sum += spans[i].1;
+        i += 1;
+    }
+    sum
+}
+
+/// Room for what kvm_init_mmu() computes in either case.
+const WORDS: usize = words(&PLAIN);
+const _: () = assert!(words(&NESTED) <= WORDS);
+
+/// A copy of what kvm_init_mmu() computed. It has pointers to KVM's functions, so it must not outlive KVM.
+#[derive(Clone, Copy)]
+pub(crate) struct MmuState([u64; WORDS]);
+
+impl MmuState {
+    /// Nothing yet.
+    pub(crate) const EMPTY: MmuState = MmuState([0; WORDS]);
+
+    /// Word of the copy and address of the same word of the vCPU.
+    #[inline(always)]
+    fn each(vcpu: Vcpu, spans: &'static [Span], mut f: impl FnMut(usize, *mut u64)) {
+        // SAFETY: Only an address is taken.
+        let arch = unsafe { &raw mut (*vcpu.raw()).vcpu.arch };
+        let mut at = 0;
+        for &(offset, count) in spans {
+            for i in 0..count {
+                f(at, arch.cast::<u8>().wrapping_add(offset + 8 * i).cast());
+                at += 1;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn every(vcpu: Vcpu, nested: bool, f: impl FnMut(usize, *mut u64)) {
+        if nested {
+            Self::each(vcpu, &NESTED, f)
+        } else {
+            Self::each(vcpu, &PLAIN, f)
+        }
+    }
+
+    /// Copies what the vCPU has now.
+    pub(crate) fn save(&mut self, vcpu: Vcpu, nested: bool) {
+        Self::every(vcpu, nested, |at, word| {
+            if let Some(to) = self.0.get_mut(at) {
+                // SAFETY: By the invariants of `Vcpu`; `words` has checked that the spans are within it, and
+                // only the vCPU's thread writes them.
+                *to = unsafe { word.read() };
+            }
+        });
+    }
+
+    /// Gives the vCPU what was copied.
+    #[inline(always)]
+    pub(crate) fn restore(&self, vcpu: Vcpu, nested: bool) {
+        Self::every(vcpu, nested, |at, word| {
+            if let Some(from) = self.0.get(at) {
+                // SAFETY: As in `save`. Volatile, so that no call of memcpy() is made of it.
+                unsafe { word.write_volatile(*from) };
+            }
+        });
+    }
+
+    /// Whether the vCPU has now what was copied.
+    pub(crate) fn is_current(&self, vcpu: Vcpu, nested: bool) -> bool {
+        let mut same = true;
+        Self::every(vcpu, nested, |at, word| {
+            // SAFETY: As in `save`.
+            same &= self.0.get(at).copied() == Some(unsafe { word.read() });
+        });
+        same
+    }
+}
+
+impl Vcpu {
+    /// The paging mode for which kvm_init_mmu() is about to prepare, if it is one that can be remembered.
+    #[inline(always)]
+    pub(crate) fn mmu_key(self) -> Option<role::Key> {
+        // The guest may own CR0.WP; then KVM reads it from the VMCS.
+        if !self.register_is_available(bindings::MTK_REG_CR0) {
+            return None;
+        }
+        role::Key::new(
+            read!(self, vcpu.arch.cr0) as u64,
+            read!(self, vcpu.arch.cr4) as u64,
+            read!(self, vcpu.arch.efer),
+            u64::from(read!(self, vcpu.arch.hflags)),
+            self.mmu_is_nested(),
+        )
+    }
+
+    /// The paging mode that L1 has with these registers, if it is one that can be remembered.
+    #[inline(always)]
+    pub(crate) fn mmu_key_of(self, cr0: u64, cr4: u64, efer: u64) -> Option<role::Key> {
+        let hflags = u64::from(read!(self, vcpu.arch.hflags));
+        role::Key::new(cr0, cr4, efer, hflags, false)
+    }
+
+    /// `mmu_is_nested()`: the vCPU uses L1's EPT.
+    #[inline(always)]
+    pub(crate) fn mmu_is_nested(self) -> bool {
+        // SAFETY: Only an address is taken.
+        let guest_mmu = unsafe { &raw mut (*self.raw()).vcpu.arch.guest_mmu };
+        core::ptr::eq(read!(self, vcpu.arch.mmu), guest_mmu)
+    }
+}

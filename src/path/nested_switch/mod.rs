@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The switch between L1 and L2: what KVM works out anew on each entry and exit of L2, though nothing that it is
+//! worked out from has changed.
+//!
+//! Each part stands at one function of KVM, remembers what the stock function did for which inputs, and does the
+//! same when the inputs come again. Any call may as well go to the stock function: what the parts leave behind is
+//! what stock left behind for the same inputs. The test knob (`policy::detour`) makes use of that.
+//!
+//! - [`mmu`]: kvm_init_mmu(), the description of the guest's paging;
+//! - [`efer`]: vmx_set_efer(), EFER and the MSRs that are loaded with the guest;
+//! - [`host_state`]: load_vmcs12_host_state(), what L1 finds after an exit of L2.
+
+mod efer;
+mod host_state;
+mod mmu;
+
+use super::{Counters, Path};
+use crate::{
+    hook::{CallId, HookId, InFlight},
+    kvm::Vcpu,
+    policy::{
+        detour::{Detour, Rate},
+        mode::Mode,
+    },
+    state,
+};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use kernel::c_str;
+
+/// This path's number in `PATHS`.
+const NUMBER: usize = 6;
+
+pub(super) const PATH: Path = Path {
+    name: c_str!("nested_switch"),
+    about: c_str!("what a switch between L1 and L2 leaves unchanged is not made again"),
+    hooks: &[HookId::INIT_MMU, HookId::SET_EFER, HookId::LOAD_HOST_STATE],
+    calls: &[CallId::NEW_PGD, CallId::TRANSITION_FLUSH],
+    drain: None,
+    drain_hooks: &[],
+    knobs: &[],
+    reasons: &["no_state", "new", "changed", "unusual", "detour"],
+};
+
+/// Why a call was left to the stock code; names in `PATH.reasons`.
+#[derive(Clone, Copy)]
+enum Reason {
+    /// No memory or no room for the vCPU's state.
+    NoState,
+    /// Nothing is remembered yet.
+    New,
+    /// An input differs from those that are remembered.
+    Changed,
+    /// A situation that this path does not handle.
+    Unusual,
+    /// The test knob wants it so.
+    Detour,
+}
+
+/// Reads what the path needs to know about kvm_intel, each time it has been loaded.
+pub(crate) fn prepare() {
+    host_state::prepare();
+}
+
+/// The test knob, a `Rate` as one word; 0, the default, is off.
+static DETOUR: AtomicU64 = AtomicU64::new(0);
+
+/// The test knob as it stands.
+pub(crate) fn detour() -> Rate {
+    Rate::from_word(DETOUR.load(Ordering::Relaxed))
+}
+
+/// Sets the test knob.
+pub(crate) fn set_detour(rate: Rate) {
+    DETOUR.store(rate.to_word(), Ordering::Relaxed);
+}
+
+/// What is remembered for one vCPU.
+pub(crate) struct Memory {
+    detour: Detour,
+    mmu: mmu::Memory,
+    efer: efer::Memory,
+    host_state: host_state::Memory,
+}
+
+impl Memory {
+    /// Nothing yet.
+    pub(crate) const NEW: Memory = Memory {
+        detour: Detour::NEW,
+        mmu: mmu::Memory::NEW,
+        efer: efer::Memory::NEW,
+        host_state: host_state::Memory::NEW,
+    };
+
+    /// Forgets everything.
+    pub(crate) fn clear(&mut self) {
+        self.mmu.clear();
+        self.efer.clear();
+        self.host_state.clear();
+    }
+}
+
+/// Whether the test knob sends this call of the vCPU to the stock code.
+#[inline(always)]
+fn takes_detour(numbers: &mut Detour, counters: &Counters) -> bool {
+    let word = DETOUR.load(Ordering::Relaxed);
+    let takes = word != 0 && numbers.take(word);
+    if takes {
+        counters.fall_back(Reason::Detour as usize);
+    }
+    takes
+}
+
+/// The mode of the part at `hook`.
+#[inline(always)]
+fn mode(hook: HookId) -> Mode {
+    if hook.livepatched() {
+        Mode::Off
+    } else {
+        super::mode(NUMBER)
+    }
+}
+
+/// Whether the vCPU has a state. One is made when L2 runs for the first time: then the vCPU is one of kvm_intel's, and
+/// complete.
+fn ensure(vcpu: Vcpu, section: &InFlight) -> bool {
+    if state::with(vcpu, |_, _| ()).is_some() {
+        return true;
+    }
+    let made = vcpu.guest_mode() && state::ensure(vcpu, section);
+    if !made && vcpu.guest_mode() {
+        super::count_stateless(NUMBER, Reason::NoState as usize);
+    }
+    made
+}
+
+/// Whether the first mismatch of this part is still to be reported; `reported` is the part's own.
+fn mismatch(counters: &Counters, reported: &AtomicBool) -> bool {
+    counters.mismatches.bump();
+    !reported.swap(true, Ordering::Relaxed)
+}
