@@ -113,6 +113,10 @@ const GROUPS: &[Group] = &[
         run: ept::pages::run,
     },
     Group {
+        name: "ept_logging",
+        run: ept::logging::run,
+    },
+    Group {
         name: "pair",
         run: pair::run,
     },

@@ -6,6 +6,7 @@
 pub mod around;
 pub mod edits;
 pub mod flags;
+pub mod logging;
 pub mod pages;
 pub mod resume;
 pub mod rights;
