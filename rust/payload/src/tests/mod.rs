@@ -109,6 +109,10 @@ const GROUPS: &[Group] = &[
         run: ept::resume::run,
     },
     Group {
+        name: "ept_walks",
+        run: ept::walks::run,
+    },
+    Group {
         name: "ept_pages",
         run: ept::pages::run,
     },

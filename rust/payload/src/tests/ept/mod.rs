@@ -13,6 +13,7 @@ pub mod rights;
 pub mod roots;
 mod tables;
 mod toucher;
+pub mod walks;
 mod world;
 
 use crate::vmx::ops::VmxError;
