@@ -31,6 +31,14 @@ pub fn touch(what: u8, pages: u32) {
     cpu::out32(ports::TOUCH, ports::touch::word(what, pages));
 }
 
+/// Has the log of writes compared with what was written to the first `pages` pages of the touch region since they
+/// were looked at last: how many changed pages it lacks, and how many it has.
+pub fn compare(pages: u32) -> (u32, u32) {
+    touch(ports::touch::COMPARE, pages);
+    let found = cpu::in32(ports::TOUCH);
+    (found & 0xffff, found >> 16)
+}
+
 /// Ends the payload.
 pub fn done(exit: Exit) -> ! {
     loop {

@@ -10,7 +10,8 @@ pub const CONSOLE: u16 = 0x4D00;
 pub const COMMAND: u16 = 0x4D04;
 /// The payload is done, 32-bit OUT of its exit status (0 is success).
 pub const DONE: u16 = 0x4D08;
-/// Touch region request, 32-bit OUT of a [`touch`] word. Done when the OUT has retired.
+/// Touch region request, 32-bit OUT of a [`touch`] word. Done when the OUT has retired. A 32-bit IN says what the
+/// last [`touch::COMPARE`] found.
 pub const TOUCH: u16 = 0x4D0C;
 /// Nothing happens, in the VMM's user space: the `pio` operation. 32-bit OUT.
 pub const NOP: u16 = 0x4D10;
@@ -42,6 +43,13 @@ pub mod touch {
     /// Drop the backing, then back every page again from the VMM (MADV_POPULATE_WRITE), so that the
     /// VMM has the pages and its KVM has not mapped them yet.
     pub const POPULATE: u8 = 1;
+    /// Log from now on which pages are written (KVM_MEM_LOG_DIRTY_PAGES).
+    pub const LOG: u8 = 2;
+    /// Fetch that log (KVM_GET_DIRTY_LOG) and compare it with which pages have changed since they were looked at
+    /// last: bits 15:0 of the answer are how many changed ones it lacks, bits 31:16 how many it has.
+    pub const COMPARE: u8 = 3;
+    /// Log no longer.
+    pub const UNLOG: u8 = 4;
 
     /// Packs a request for the first `pages` pages; 0 asks for the whole region.
     pub const fn word(what: u8, pages: u32) -> u32 {

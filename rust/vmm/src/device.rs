@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! The port I/O devices of a machine: COM1, the reset lines, the control device.
 
+use kvm_ioctls::VmFd;
 use vm_memory::{Bytes, GuestAddress};
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, Trigger};
@@ -78,10 +79,22 @@ pub(crate) struct Bus<'a> {
     text: Lines,
     host: &'a mut dyn Host,
     mem: &'a Memory,
+    /// The VM, unless it is replaced now and then.
+    vm: Option<&'a VmFd>,
+    /// What was in the pages of the touch region when they were looked at last.
+    sums: Vec<u64>,
+    /// What a comparison with the log of writes found.
+    compared: u32,
 }
 
 impl<'a> Bus<'a> {
-    pub(crate) fn new(irq: Irq, serial_raw: bool, host: &'a mut dyn Host, mem: &'a Memory) -> Self {
+    pub(crate) fn new(
+        irq: Irq,
+        serial_raw: bool,
+        host: &'a mut dyn Host,
+        mem: &'a Memory,
+        vm: Option<&'a VmFd>,
+    ) -> Self {
         Bus {
             serial: Serial::new(irq, Collected::default()),
             serial_raw,
@@ -89,6 +102,9 @@ impl<'a> Bus<'a> {
             text: Lines::default(),
             host,
             mem,
+            vm,
+            sums: Vec::new(),
+            compared: 0,
         }
     }
 
@@ -133,10 +149,10 @@ impl<'a> Bus<'a> {
             ctl::DONE => return Flow::End(Exit::Done(word())),
             ctl::TOUCH => {
                 let (what, pages) = ctl::touch::unpack(word());
-                if !self.mem.discard_touch(pages, what == ctl::touch::POPULATE) {
+                if !self.touch(what, pages) {
                     self.host.line(
                         Source::Control,
-                        "vmm: the touch region could not be discarded; its figures mean nothing",
+                        "vmm: a request for the touch region failed; figures that follow mean nothing",
                     );
                 }
             }
@@ -154,6 +170,7 @@ impl<'a> Bus<'a> {
                 }
             }
             ctl::COMMAND => fill(data, self.host.command()),
+            ctl::TOUCH => fill(data, self.compared),
             ctl::TOUCH_PAGES => fill(data, self.mem.touch_pages()),
             RTC_DATA => data.fill(0),
             _ => data.fill(0xff),
@@ -170,6 +187,38 @@ impl<'a> Bus<'a> {
         let host = &mut self.host;
         self.text.flush(|l| host.line(Source::Control, l));
         self.serial_lines.flush(|l| host.line(Source::Serial, l));
+    }
+
+    /// A request for the touch region. False if it could not be fulfilled.
+    fn touch(&mut self, what: u8, pages: u32) -> bool {
+        match (what, self.vm) {
+            (ctl::touch::DISCARD | ctl::touch::POPULATE, _) => {
+                self.mem.discard_touch(pages, what == ctl::touch::POPULATE)
+            }
+            (ctl::touch::LOG, Some(vm)) => {
+                self.sums = self.mem.touch_sums(pages);
+                self.mem.log_touch(vm, true)
+            }
+            (ctl::touch::UNLOG, Some(vm)) => self.mem.log_touch(vm, false),
+            (ctl::touch::COMPARE, Some(vm)) => {
+                let Some(log) = self.mem.touch_log(vm) else {
+                    return false;
+                };
+                let now = self.mem.touch_sums(pages);
+                let logged = |page: usize| {
+                    log.get(page / 64)
+                        .is_some_and(|w| (w >> (page % 64)) & 1 != 0)
+                };
+                let lacks =
+                    |&(page, (now, then)): &(usize, (&u64, &u64))| now != then && !logged(page);
+                let lost = now.iter().zip(&self.sums).enumerate().filter(lacks).count();
+                let all = log.iter().map(|word| word.count_ones()).sum::<u32>();
+                self.sums = now;
+                self.compared = (lost as u32).min(0xffff) | (all.min(0xffff) << 16);
+                true
+            }
+            _ => false,
+        }
     }
 
     /// The first `n` bytes of the mailbox, or as many as it has.
@@ -232,7 +281,7 @@ mod tests {
     fn with_bus(raw: bool, f: impl FnOnce(&mut Bus)) -> Record {
         let mem = Memory::new(2, 3).unwrap();
         let mut host = Record::default();
-        let mut bus = Bus::new(Irq(EventFd::new(0).unwrap()), raw, &mut host, &mem);
+        let mut bus = Bus::new(Irq(EventFd::new(0).unwrap()), raw, &mut host, &mem, None);
         f(&mut bus);
         bus.flush();
         drop(bus);

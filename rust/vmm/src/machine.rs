@@ -175,21 +175,25 @@ impl Machine {
         let irq = EventFd::new(0).map_err(|_| Error::os("eventfd"))?;
         connect(&self.vm, &irq)?;
         let due = AtomicBool::new(false);
-        let mut shuffler = match self.config.shuffle {
-            None => None,
-            Some(seed) => Some(Shuffler::new(
-                &mut self.vm,
-                &self.mem,
-                &self.config,
-                irq.try_clone().map_err(|_| Error::os("eventfd"))?,
-                seed,
-            )?),
+        let (mut shuffler, vm) = match self.config.shuffle {
+            None => (None, Some(&self.vm)),
+            Some(seed) => {
+                let shuffler = Shuffler::new(
+                    &mut self.vm,
+                    &self.mem,
+                    &self.config,
+                    irq.try_clone().map_err(|_| Error::os("eventfd"))?,
+                    seed,
+                )?;
+                (Some(shuffler), None)
+            }
         };
         let bus = Mutex::new(Bus::new(
             Irq(irq),
             self.config.terminal.is_some(),
             host,
             &self.mem,
+            vm,
         ));
         let over = EventFd::new(0).map_err(|_| Error::os("eventfd"))?;
         let stop = AtomicBool::new(false);

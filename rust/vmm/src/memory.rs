@@ -3,7 +3,7 @@
 
 use std::ptr::null_mut;
 
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{kvm_userspace_memory_region, KVM_MEM_LOG_DIRTY_PAGES};
 use kvm_ioctls::VmFd;
 use vm_memory::{
     GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
@@ -162,6 +162,55 @@ impl Memory {
         };
         m.advise(len, libc::MADV_DONTNEED)
             && (!populate || m.advise(len, libc::MADV_POPULATE_WRITE))
+    }
+
+    /// Lets the VM log which pages of the touch region are written, or not any more.
+    pub(crate) fn log_touch(&self, vm: &VmFd, log: bool) -> bool {
+        let Some(m) = &self.touch else { return false };
+        let region = kvm_userspace_memory_region {
+            slot: self.touch_slot(),
+            flags: if log { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
+            guest_phys_addr: TOUCH_BASE,
+            memory_size: m.len as u64,
+            userspace_addr: m.start as u64,
+        };
+        // SAFETY: the slot as it is, but for its flags; see `register`.
+        unsafe { vm.set_user_memory_region(region) }.is_ok()
+    }
+
+    /// The log of the touch region since the last time: a bit for each page.
+    pub(crate) fn touch_log(&self, vm: &VmFd) -> Option<Vec<u64>> {
+        let m = self.touch.as_ref()?;
+        vm.get_dirty_log(self.touch_slot(), m.len).ok()
+    }
+
+    /// A number for each of the first `pages` pages of the touch region (0: of all of them) that tells what is in it.
+    pub(crate) fn touch_sums(&self, pages: u32) -> Vec<u64> {
+        let Some(m) = &self.touch else {
+            return Vec::new();
+        };
+        let all = m.len / PAGE;
+        let count = if pages == 0 {
+            all
+        } else {
+            all.min(pages as usize)
+        };
+        (0..count)
+            .map(|page| {
+                // SAFETY: within the mapping. Who else writes to it is the guest, whose vCPU waits for this.
+                let words = unsafe {
+                    std::slice::from_raw_parts(m.start.add(page * PAGE).cast::<u64>(), PAGE / 8)
+                };
+                words.iter().fold(0, |sum: u64, &word| {
+                    (sum.rotate_left(7) ^ word).wrapping_mul(0x0000_0100_0000_01b3)
+                })
+            })
+            .collect()
+    }
+
+    /// Number of the touch region's memory slot: the one behind those of main memory.
+    fn touch_slot(&self) -> u32 {
+        self.guest.num_regions() as u32
     }
 
     /// Gives all of it to the VM as memory slots.

@@ -109,8 +109,16 @@ const GROUPS: &[Group] = &[
         run: ept::resume::run,
     },
     Group {
+        name: "ept_walks",
+        run: ept::walks::run,
+    },
+    Group {
         name: "ept_pages",
         run: ept::pages::run,
+    },
+    Group {
+        name: "ept_logging",
+        run: ept::logging::run,
     },
     Group {
         name: "pair",

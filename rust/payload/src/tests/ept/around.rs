@@ -19,8 +19,13 @@ const BATCH: usize = 48;
 /// The group.
 pub fn run(level: u32) -> Result<(), VmxError> {
     super::group(GROUP, || {
+        if level > 1 {
+            rounds(true, 1)?;
+            return sweeps(true, 1);
+        }
         for flags in [true, false] {
-            rounds(flags, if level > 1 { 2 } else { 12 })?;
+            rounds(flags, 12)?;
+            sweeps(flags, 6)?;
         }
         Ok(())
     })
@@ -101,6 +106,55 @@ fn rounds(flags: bool, count: u64) -> Result<(), VmxError> {
         }
     }
     world.report(if flags { "with flags" } else { "without flags" });
+    Ok(())
+}
+
+/// The pages in order, upwards, downwards and in strides, with some left out, among entries of which most are
+/// plain: habits that make a window grow until it is a whole table. Entries ahead and behind change meanwhile.
+fn sweeps(flags: bool, count: u64) -> Result<(), VmxError> {
+    let mut tables = Tables::new(LowMemory::new(), PAGES, flags);
+    let mut world = World::new(GROUP, PAGES);
+    let mut toucher = Toucher::new(GROUP, PAGES as usize / 8);
+    let mut numbers = Numbers::new(19 + flags as u64);
+    toucher.prepare(&tables)?;
+    for round in 0..count {
+        for page in 0..PAGES {
+            let new = match numbers.below(8) {
+                0 => entry(&mut numbers, PAGES),
+                1 => frame(page) | RWX | WRITE_BACK | ACCESSED,
+                _ => plain(frame(page)),
+            };
+            tables.set(1, page, new);
+        }
+        tables.invalidate(round % 2 == 0)?;
+        for at in 0..PAGES {
+            let page = match round % 3 {
+                0 => at,
+                1 => PAGES - 1 - at,
+                _ => at * 16 % PAGES + at * 16 / PAGES,
+            };
+            if numbers.below(4) != 0 {
+                let access = any(&mut numbers);
+                world.push(&mut toucher, &tables, access, page, &mut numbers);
+            }
+            // Not at the borders of tables.
+            if at % 97 != 96 && at + 1 != PAGES {
+                continue;
+            }
+            world.batch("sweeps", &mut toucher, &mut tables)?;
+            world.inspect("after a sweep", Some(&tables));
+            if numbers.below(2) == 0 {
+                for _ in 0..4 {
+                    let centre = (page + numbers.below(128) as u64) % PAGES;
+                    edit(&mut tables, centre, &mut numbers)?;
+                }
+            }
+        }
+    }
+    world.report(match flags {
+        true => "sweeps with flags",
+        false => "sweeps without flags",
+    });
     Ok(())
 }
 

@@ -24,7 +24,7 @@ const OLD: usize = 3;
 pub fn run(level: u32) -> Result<(), VmxError> {
     super::group(GROUP, || {
         for flags in [true, false] {
-            Edits::new(flags)?.run(if level > 1 { 24 } else { 160 })?;
+            Edits::new(flags)?.run(if level > 1 { 16 } else { 160 })?;
         }
         Ok(())
     })
@@ -87,14 +87,14 @@ impl Edits {
     fn run(&mut self, rounds: u32) -> Result<(), VmxError> {
         for round in 0..rounds {
             let centre = self.numbers.below(PAGES as usize) as u64;
-            self.silently(centre)?;
+            self.silently(centre, round % 3 == 0)?;
             if round % 4 == 3 {
                 self.invalidate()?;
                 self.settled(centre)?;
             }
             // From nothing to something needs no INVEPT: nothing was cached.
             if round % 8 == 5 {
-                self.from_nothing(centre)?;
+                self.out_of_nothing(centre)?;
             }
         }
         self.invalidate()?;
@@ -110,10 +110,11 @@ impl Edits {
         Ok(())
     }
 
-    /// Changes entries and does not say so.
-    fn silently(&mut self, centre: u64) -> Result<(), VmxError> {
+    /// Changes entries and does not say so. The accesses that follow are in order or in none.
+    fn silently(&mut self, centre: u64, in_order: bool) -> Result<(), VmxError> {
+        let wide = if in_order { BATCH } else { BATCH / 2 };
         for _ in 0..8 {
-            let page = (centre + self.numbers.below(24) as u64) % PAGES;
+            let page = (centre + self.numbers.below(wide) as u64) % PAGES;
             let was = self.tables.get(1, page);
             let new = entry(page, &mut self.numbers);
             // What maps nothing, or is misconfigured, is not cached.
@@ -137,7 +138,10 @@ impl Edits {
         // One write to a page, or none could tell where it went.
         let mut written = 0u64;
         while !self.toucher.full() {
-            let offset = self.numbers.below(24) as u64;
+            let offset = match in_order {
+                true => self.toucher.steps().len() as u64,
+                false => self.numbers.below(wide) as u64,
+            };
             let access = match any(&mut self.numbers) {
                 Access::Update => Access::Read,
                 Access::Write if written >> offset & 1 != 0 => Access::Fetch,
@@ -171,12 +175,16 @@ impl Edits {
             left[at] = true;
             Ok(Then::Skip)
         })?;
-        for at in 0..self.toucher.steps().len() {
+        for (at, left) in left
+            .into_iter()
+            .enumerate()
+            .take(self.toucher.steps().len())
+        {
             let step = self.toucher.steps()[at];
             let page = step.page();
             self.allowed += 1;
             if step.done == 0 {
-                if !left[at] {
+                if !left {
                     self.world
                         .fail(name, format_args!("step {at} was not made"));
                 }
@@ -250,7 +258,7 @@ impl Edits {
     }
 
     /// Takes pages away, says so, lets the child find out about some, and gives them back silently.
-    fn from_nothing(&mut self, centre: u64) -> Result<(), VmxError> {
+    fn out_of_nothing(&mut self, centre: u64) -> Result<(), VmxError> {
         let pages = |at: u64| (centre + at) % PAGES;
         for at in 0..16 {
             self.tables.set(1, pages(at), 0);
@@ -278,7 +286,7 @@ impl Edits {
             );
         }
         self.world
-            .batch("from nothing", &mut self.toucher, &mut self.tables)
+            .batch("out of nothing", &mut self.toucher, &mut self.tables)
     }
 }
 

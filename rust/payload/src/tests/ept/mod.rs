@@ -6,12 +6,14 @@
 pub mod around;
 pub mod edits;
 pub mod flags;
+pub mod logging;
 pub mod pages;
 pub mod resume;
 pub mod rights;
 pub mod roots;
 mod tables;
 mod toucher;
+pub mod walks;
 mod world;
 
 use crate::vmx::ops::VmxError;

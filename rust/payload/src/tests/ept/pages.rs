@@ -21,15 +21,52 @@ const BATCH: usize = 512;
 /// The group.
 pub fn run(level: u32) -> Result<(), VmxError> {
     super::group(GROUP, || {
-        let pages = if level > 1 { 512 } else { 2048 };
+        let pages = if level > 1 { 256 } else { 2048 };
         for pattern in [Pattern::Sequential, Pattern::Random, Pattern::Strided] {
             for demand in [false, true] {
                 Pages::new(pattern, pages, demand)?.run()?;
             }
         }
+        for pattern in [Pattern::Sequential, Pattern::Random, Pattern::Strided] {
+            own(pattern, pages);
+        }
         control::touch(touch::DISCARD, 0);
         Ok(())
     })
+}
+
+/// The same without a child: the parent's own memory, populated by its VMM, touched in part, and taken away.
+fn own(pattern: Pattern, pages: u64) {
+    let order: &mut [u32] = memory::slice(pages as usize);
+    crate::measure::fill_order(order, pattern);
+    let (mut sum, mut wrong) = (0, 0);
+    let word = |page: u32| (frame(page as u64) + Access::Write.offset()) as *mut u64;
+    for part in [8, 3, 2, 1] {
+        control::touch(touch::POPULATE, pages as u32);
+        let touched = order.len() / part;
+        for &page in &order[..touched] {
+            // SAFETY: pages of the touch region, which hold no Rust object.
+            unsafe { word(page).write_volatile(page as u64 + 1) };
+        }
+        for round in 0..2 {
+            for (at, &page) in order.iter().enumerate() {
+                // SAFETY: as above.
+                let is = unsafe { word(page).read_volatile() };
+                let must = (round == 0 && at < touched) as u64 * (page as u64 + 1);
+                wrong += (is != must) as u64;
+                sum = fold(sum, is);
+            }
+            control::touch(touch::DISCARD, 0);
+        }
+    }
+    log!(
+        "{}/{} own: sum {:#x}, wrong {}{}",
+        GROUP,
+        pattern.name(),
+        sum,
+        wrong,
+        if wrong == 0 { "" } else { ": FAIL" }
+    );
 }
 
 struct Pages {

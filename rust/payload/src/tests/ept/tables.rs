@@ -284,15 +284,29 @@ pub const fn plain(address: u64) -> u64 {
     address | RWX | WRITE_BACK | USED
 }
 
+/// Present, writable, accessed, dirty: an entry of the child's own tables.
+const GUEST: u64 = 0x63;
+
 /// The child's own page tables: the payload's, and the window with 2 MiB pages. Its CR3.
 pub fn paging_with_window() -> u64 {
-    const PRESENT: u64 = 0x63; // and write, accessed, dirty
+    paging(None)
+}
+
+/// The same, and the GiB behind the window by a page directory that is page `page` of the window itself.
+pub fn paging_through(page: u64) -> u64 {
+    paging(Some(page))
+}
+
+fn paging(through: Option<u64>) -> u64 {
     let (root, pointers, directory) = (memory::pages(1), memory::pages(1), memory::pages(1));
-    write(root, 0, paging::pointers() | PRESENT);
-    write(root, WINDOW >> 39, pointers | PRESENT);
-    write(pointers, 0, directory | PRESENT);
+    write(root, 0, paging::pointers() | GUEST);
+    write(root, WINDOW >> 39, pointers | GUEST);
+    write(pointers, 0, directory | GUEST);
+    if let Some(page) = through {
+        write(pointers, 1, (WINDOW + page * PAGE) | GUEST);
+    }
     for index in 0..512 {
-        write(directory, index, (WINDOW + (index << 21)) | LARGE | PRESENT);
+        write(directory, index, (WINDOW + (index << 21)) | LARGE | GUEST);
     }
     root
 }
