@@ -7,15 +7,17 @@
 //! ways, whatever was before: a field joins when it is touched in a second switch of a window, and
 //! leaves when it is put out on trial and not touched for a window. (One that is touched again and
 //! again without a switch joins as well.) So the set that a steady habit ends in is that habit's own:
-//! every field whose touches are never more than a window apart, and none that is never touched.
+//! every field whose touches are never more than a window apart, and none that is never touched. One
+//! that is touched in bursts has to show more of them the more often it came and went: 4, 8 and at last
+//! 16 switches, so that it does not flap.
 //!
 //! A shadowed field is invisible, hence the trials. One that is touched comes back at once. A trial takes
-//! one field, two windows after the last or, while nothing changes, later and later up to [`TRIAL`]
-//! windows, so that learning costs one exit in that many. As long as at least half of what was on
-//! trial turns out to be out of use, the next trial follows at once and takes twice as many, so a set
-//! of `n` fields none of which L1 uses any more is gone after `TRIAL + 1 + log2(n)` windows. Where L1
-//! goes on with most of them, the others are found one after another, within `n * (TRIAL + 1)`
-//! windows.
+//! [`TRIAL_SIZE`] fields by turns, two windows after the last one; once all have come back since something
+//! changed, [`TRIAL`] windows after the last one, so that learning costs one exit in 64 switches then. As
+//! long as at least half of what was on trial turns out to be out of use, the next trial follows at once
+//! and takes twice as many, so a set of `n` fields none of which L1 uses any more is gone after
+//! `TRIAL + log2(n)` windows. Where L1 goes on with most of them, the others are found in turn, within
+//! `n / TRIAL_SIZE * (TRIAL + 1)` windows.
 //!
 //! *Costly* fields cost something together, however many they are: half an exit on each switch. They
 //! are shadowed while their touches are one in four switches, counted over a window; now and then all
@@ -30,8 +32,10 @@ use super::set::{Set, FIELDS};
 pub const TRIAL: u16 = 8;
 /// Windows between two trials of the costly fields, at most.
 pub const GROUP_TRIAL: u16 = 32;
-/// Most fields on trial at a time.
-const TRIAL_SIZE: u8 = 32;
+/// Fields on trial at a time.
+pub const TRIAL_SIZE: u8 = 4;
+/// The same while most turn out to be out of use.
+const LARGE_TRIAL: u8 = 32;
 
 /// What the administrator may set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,7 +64,7 @@ impl Config {
         }
     }
 
-    /// Switches from one trial to the next, at first.
+    /// Switches from one trial to the next while something changes.
     pub const fn trial(&self) -> u16 {
         self.window * 2
     }
@@ -82,9 +86,7 @@ pub struct Learner {
     awake: bool,
     /// The number of the switch, which may go round.
     now: u32,
-    /// The switch in which each field was last seen touched, and how often in that one.
-    seen: [u32; FIELDS],
-    times: [u8; FIELDS],
+    uses: [Use; FIELDS],
     /// Fields on trial, how many there were when it began, and how many may be in the next.
     trial: Set,
     tried: u8,
@@ -92,9 +94,33 @@ pub struct Learner {
     last_trial: u8,
     /// Switches until the trial ends, or the next begins.
     wait: u16,
-    /// Switches between the last trial and the next.
-    interval: u16,
+    /// How many fields have come back from trials since anything changed.
+    unchanged: u8,
     group: Group,
+}
+
+/// What was seen of one field.
+#[derive(Clone, Copy, Debug)]
+struct Use {
+    /// The switch in which it was last seen touched.
+    at: u32,
+    /// How often in that one.
+    times: u8,
+    /// In how many switches, none of them more than a window after the one before.
+    switches: u8,
+    /// How often it came and went lately.
+    went: u8,
+}
+
+impl Use {
+    const NONE: Use = Use {
+        at: 0,
+        times: 0,
+        switches: 0,
+        went: 0,
+    };
+    /// Most that `went` counts.
+    const WENT: u8 = 3;
 }
 
 /// The costly fields.
@@ -123,14 +149,13 @@ impl Learner {
             awake: false,
             // More than a window after 0, in which nothing was seen.
             now: 1 << 16,
-            seen: [0; FIELDS],
-            times: [0; FIELDS],
+            uses: [Use::NONE; FIELDS],
             trial: Set::EMPTY,
             tried: 0,
-            trial_size: 1,
+            trial_size: TRIAL_SIZE,
             last_trial: 0,
             wait: config.trial(),
-            interval: config.trial(),
+            unchanged: 0,
             group: Group {
                 all: Set::EMPTY,
                 aside: Set::EMPTY,
@@ -166,7 +191,6 @@ impl Learner {
     pub fn configure(&mut self, config: Config) -> bool {
         let before = self.learned;
         if self.config.window != config.window {
-            self.interval = config.trial();
             self.wait = self.wait.min(config.trial());
             self.group.wait = self.group.wait.min(config.window);
             self.group.interval = config.trial();
@@ -249,18 +273,36 @@ impl Learner {
 
     /// Notes the touch. Whether the field is touched often enough.
     fn pays(&mut self, field: u8) -> bool {
-        let at = usize::from(field);
-        let (Some(seen), Some(times)) = (self.seen.get_mut(at), self.times.get_mut(at)) else {
+        let Some(u) = self.uses.get_mut(usize::from(field)) else {
             return false;
         };
-        let gap = self.now.wrapping_sub(*seen);
-        if gap != 0 {
-            *times = 0;
-        }
-        *times = times.saturating_add(1);
-        *seen = self.now;
         let window = u32::from(self.config.window);
-        (1..=window).contains(&gap) || u16::from(*times) >= self.config.burst().clamp(2, 8)
+        let gap = self.now.wrapping_sub(u.at);
+        if gap > window {
+            let lately = gap <= window * (1 + u32::from(TRIAL));
+            u.went = if lately {
+                (u.went + 1).min(Use::WENT)
+            } else {
+                0
+            };
+            u.switches = 0;
+        }
+        if gap != 0 || u.switches == 0 {
+            u.times = 0;
+            u.switches = u.switches.saturating_add(1);
+        }
+        u.times = u.times.saturating_add(1);
+        u.at = self.now;
+        u.switches >= 2 << u.went || u16::from(u.times) >= self.config.burst().clamp(2, 8) << u.went
+    }
+
+    /// Notes that a field has left because it was not touched.
+    fn left(&mut self, field: u8) {
+        let long_ago = self.now.wrapping_sub(u32::from(self.config.window));
+        if let Some(u) = self.uses.get_mut(usize::from(field)) {
+            u.at = long_ago;
+            u.switches = 0;
+        }
     }
 
     fn join(&mut self, field: u8) {
@@ -274,9 +316,9 @@ impl Learner {
             self.group.aside.remove(field);
         } else {
             // Other habits than before.
-            self.interval = self.config.trial();
+            self.unchanged = 0;
             if self.trial.is_empty() {
-                self.wait = self.wait.min(self.interval);
+                self.wait = self.wait.min(self.config.trial());
             }
         }
     }
@@ -313,7 +355,8 @@ impl Learner {
         if !self.trial.is_empty() {
             // Not touched since: they stay out.
             let failed = self.trial.len() as u8;
-            self.trial = Set::EMPTY;
+            let out = core::mem::take(&mut self.trial);
+            out.iter().for_each(|field| self.left(field));
             self.trial_ends(failed);
             if self.wait != 0 {
                 return group;
@@ -329,17 +372,20 @@ impl Learner {
 
     /// A trial is over, with `failed` fields that were not touched.
     fn trial_ends(&mut self, failed: u8) {
-        self.wait = 0;
         if failed == 0 {
-            self.trial_size = 1;
-            self.wait = self.interval;
-            let most = self.config.window.saturating_mul(TRIAL);
-            self.interval = self.interval.saturating_mul(2).min(most);
+            self.unchanged = self.unchanged.saturating_add(self.tried);
+            self.trial_size = TRIAL_SIZE;
+            self.wait = if usize::from(self.unchanged) < self.learned.len() {
+                self.config.trial()
+            } else {
+                self.config.window.saturating_mul(TRIAL)
+            };
             return;
         }
-        self.interval = self.config.trial();
+        self.unchanged = 0;
+        self.wait = 0;
         if failed >= self.tried.div_ceil(2) {
-            self.trial_size = (self.trial_size * 2).min(TRIAL_SIZE);
+            self.trial_size = (self.trial_size * 2).min(LARGE_TRIAL);
         }
     }
 
@@ -432,9 +478,9 @@ mod tests {
         let mut learner = learner(64);
         let fields: Vec<u8> = (10..50).collect();
         assert_eq!(run(&mut learner, &fields, 4), 40 * 2);
-        // Later on one trial in so many switches costs one exit.
+        // Later on one trial in so many switches costs an exit for each field.
         run(&mut learner, &fields, 1024);
-        assert!(run(&mut learner, &fields, 1024) <= 1024 / LONG + 1);
+        assert!(run(&mut learner, &fields, 1024) <= (1024 / LONG + 1) * usize::from(TRIAL_SIZE));
     }
 
     #[test]
@@ -471,7 +517,11 @@ mod tests {
         let mut learner = learner(96);
         run(&mut learner, &(0..90).collect::<Vec<_>>(), 1000);
         let kept: Vec<u8> = (0..90).step_by(2).collect();
-        run(&mut learner, &kept, 90 * (LONG + WINDOW));
+        run(
+            &mut learner,
+            &kept,
+            90 / usize::from(TRIAL_SIZE) * (LONG + WINDOW),
+        );
         assert_eq!(fields_of(&learner), kept);
     }
 
