@@ -7,9 +7,9 @@
 //! ways, whatever was before: a field joins when it is touched in a second switch of a window, and
 //! leaves when it is put out on trial and not touched for a window. (One that is touched again and
 //! again without a switch joins as well.) So the set that a steady habit ends in is that habit's own:
-//! every field whose touches are never more than a window apart, and none that is never touched. One
-//! that is touched in bursts has to show more of them the more often it came and went: 4, 8 and at last
-//! 16 switches, so that it does not flap.
+//! every field whose touches are never more than a window apart, and none that is never touched. A field
+//! that is touched in bursts comes and goes at first; each time it comes back its own window and the
+//! touches that it takes double, up to eight times, so that it is judged by its rate and does not flap.
 //!
 //! A shadowed field is invisible, hence the trials. One that is touched comes back at once. A trial takes
 //! [`TRIAL_SIZE`] fields by turns, two windows after the last one; once all have come back since something
@@ -69,8 +69,7 @@ impl Config {
         self.window * 2
     }
 
-    /// Touches in a window that make the costly fields join; within one switch, eight of them or as
-    /// many as this make any field join.
+    /// Touches in a window that make the costly fields join.
     pub const fn burst(&self) -> u16 {
         self.window / 4
     }
@@ -102,26 +101,38 @@ pub struct Learner {
 /// What was seen of one field.
 #[derive(Clone, Copy, Debug)]
 struct Use {
-    /// The switch in which it was last seen touched.
+    /// The switch with which the count began, or in which the field left.
     at: u32,
-    /// How often in that one.
-    times: u8,
-    /// In how many switches, none of them more than a window after the one before.
-    switches: u8,
-    /// How often it came and went lately.
-    went: u8,
+    /// Touches since.
+    count: u8,
+    /// How often it came back soon after it had left: by how much its window is doubled.
+    back: u8,
+    /// It has left, and was not touched since.
+    away: bool,
 }
 
 impl Use {
     const NONE: Use = Use {
         at: 0,
-        times: 0,
-        switches: 0,
-        went: 0,
+        count: 0,
+        back: 0,
+        away: false,
     };
-    /// Most that `went` counts.
-    const WENT: u8 = 3;
+
+    /// Begins to count.
+    fn start(&mut self, now: u32) {
+        self.at = now;
+        self.count = 0;
+    }
+
+    /// Touches in a window that keep the field in. It takes one more to join.
+    fn enough(&self) -> u8 {
+        1 << self.back
+    }
 }
+
+/// Most times that a window is doubled.
+const BACK: u8 = 3;
 
 /// The costly fields.
 #[derive(Debug)]
@@ -132,6 +143,9 @@ struct Group {
     is_in: bool,
     /// They were put out to see whether they come back.
     on_trial: bool,
+    /// When they left, and how often they came back soon after, as for one field.
+    left: u32,
+    back: u8,
     touches: u16,
     /// Switches until the window ends, or the next trial.
     wait: u16,
@@ -161,6 +175,8 @@ impl Learner {
                 aside: Set::EMPTY,
                 is_in: false,
                 on_trial: false,
+                left: 0,
+                back: 0,
                 touches: 0,
                 wait: config.window,
                 interval: config.trial(),
@@ -242,6 +258,9 @@ impl Learner {
             self.group.all.insert(field);
             self.group.touches = self.group.touches.saturating_add(1);
         }
+        if tried && !pays {
+            return self.group_joins();
+        }
         let has_place = tried || self.group.aside.has(field);
         if costly && !self.group.is_in {
             if tried || (pays && (has_place || self.room() > 0)) {
@@ -273,36 +292,23 @@ impl Learner {
 
     /// Notes the touch. Whether the field is touched often enough.
     fn pays(&mut self, field: u8) -> bool {
+        let tried = self.trial.has(field);
         let Some(u) = self.uses.get_mut(usize::from(field)) else {
             return false;
         };
+        let since = self.now.wrapping_sub(u.at);
         let window = u32::from(self.config.window);
-        let gap = self.now.wrapping_sub(u.at);
-        if gap > window {
-            let lately = gap <= window * (1 + u32::from(TRIAL));
-            u.went = if lately {
-                (u.went + 1).min(Use::WENT)
-            } else {
-                0
-            };
-            u.switches = 0;
+        if since > window * u32::from(GROUP_TRIAL) {
+            u.back = 0;
+        } else if u.away {
+            u.back = (u.back + 1).min(BACK);
         }
-        if gap != 0 || u.switches == 0 {
-            u.times = 0;
-            u.switches = u.switches.saturating_add(1);
+        if u.away || (since > window << u.back && !tried) {
+            u.start(self.now);
         }
-        u.times = u.times.saturating_add(1);
-        u.at = self.now;
-        u.switches >= 2 << u.went || u16::from(u.times) >= self.config.burst().clamp(2, 8) << u.went
-    }
-
-    /// Notes that a field has left because it was not touched.
-    fn left(&mut self, field: u8) {
-        let long_ago = self.now.wrapping_sub(u32::from(self.config.window));
-        if let Some(u) = self.uses.get_mut(usize::from(field)) {
-            u.at = long_ago;
-            u.switches = 0;
-        }
+        u.away = false;
+        u.count = u.count.saturating_add(1);
+        u.count >= u.enough() + u8::from(!tried)
     }
 
     fn join(&mut self, field: u8) {
@@ -326,15 +332,17 @@ impl Learner {
     /// Lets the costly fields in if they are touched often enough.
     fn group_joins(&mut self) -> bool {
         let group = &mut self.group;
-        if group.touches < self.config.burst() {
+        if group.is_in || group.touches < self.config.burst() << group.back.min(2) {
             return false;
         }
-        group.interval = if group.on_trial {
-            let most = self.config.window.saturating_mul(GROUP_TRIAL);
-            group.interval.saturating_mul(2).min(most)
+        let most = self.config.window.saturating_mul(GROUP_TRIAL);
+        if group.on_trial {
+            group.interval = group.interval.saturating_mul(2).min(most);
         } else {
-            self.config.trial()
-        };
+            let soon = self.now.wrapping_sub(group.left) <= u32::from(most);
+            group.back = if soon { (group.back + 1).min(BACK) } else { 0 };
+            group.interval = self.config.trial();
+        }
         group.is_in = true;
         group.on_trial = false;
         group.wait = group.interval;
@@ -356,7 +364,12 @@ impl Learner {
             // Not touched since: they stay out.
             let failed = self.trial.len() as u8;
             let out = core::mem::take(&mut self.trial);
-            out.iter().for_each(|field| self.left(field));
+            for field in out.iter() {
+                if let Some(u) = self.uses.get_mut(usize::from(field)) {
+                    u.start(self.now);
+                    u.away = true;
+                }
+            }
             self.trial_ends(failed);
             if self.wait != 0 {
                 return group;
@@ -392,6 +405,7 @@ impl Learner {
     fn start_trial(&mut self) -> bool {
         let mut from = self.learned.without(&self.config.pinned);
         self.tried = 0;
+        let mut longest = 0;
         while self.tried < self.trial_size {
             let Some(field) = from.after(self.last_trial) else {
                 break;
@@ -401,10 +415,14 @@ impl Learner {
             self.last_trial = field;
             self.trial.insert(field);
             self.tried += 1;
+            if let Some(u) = self.uses.get_mut(usize::from(field)) {
+                u.start(self.now);
+                longest = longest.max(u.back);
+            }
         }
         let any = self.tried != 0;
         self.wait = if any {
-            self.config.window
+            self.config.window << longest
         } else {
             self.config.trial()
         };
@@ -418,10 +436,13 @@ impl Learner {
         if group.wait != 0 {
             return false;
         }
-        group.wait = self.config.window;
+        group.wait = self.config.window << group.back;
         group.touches = 0;
         if !group.is_in {
             // A window without enough of them.
+            if group.on_trial {
+                group.left = self.now;
+            }
             group.aside = Set::EMPTY;
             group.on_trial = false;
             return false;
@@ -491,7 +512,7 @@ mod tests {
             learner.touched(5, false);
             exit
         });
-        assert_eq!(exits.count(), 8);
+        assert_eq!(exits.count(), 2);
     }
 
     #[test]
@@ -546,6 +567,30 @@ mod tests {
             learner.switched();
         }
         assert_eq!(fields_of(&learner).len(), 40);
+    }
+
+    #[test]
+    fn bursts_do_not_flap() {
+        // Five touches at once in every eightieth switch are one in sixteen and worth it.
+        let mut learner = learner(64);
+        let live = |learner: &mut Learner, rounds| {
+            let mut exits = 0;
+            for _ in 0..rounds {
+                for _ in 0..5 {
+                    exits += usize::from(!learner.learned().has(7));
+                    learner.touched(7, false);
+                    learner.switched();
+                }
+                (5..80).for_each(|_| {
+                    learner.switched();
+                });
+            }
+            exits
+        };
+        live(&mut learner, 100);
+        // A trial now and then takes as many as keep the field in.
+        assert!(live(&mut learner, 100) <= 4 * 100 * 80 / LONG);
+        assert_eq!(fields_of(&learner), [7]);
     }
 
     #[test]
