@@ -103,7 +103,7 @@ follows() {
 }
 
 begin
-plan 22
+plan 23
 load
 check "files that only show are readable by all" permissions 444 $SYS/version $SYS/kernel_match $SYS/vcpus \
 	$CHECKS/state $CHECKS/taken $CHECKS/checked $CHECKS/mismatches $CHECKS/saved_exits $CHECKS/fallbacks
@@ -127,7 +127,8 @@ check "and by nobody else" fails unprivileged "echo 1 >$FIELDS/budget"
 check "they take what makes sense" knobs_taken
 check "and nothing else" knobs_refused
 if [ ! -e $DEBUGFS/learned ] || [ ! -f /lib/matryoshka/payload ]; then
-	for about in "rules hold for a vCPU that runs" "what it saved is counted" "no guest was lost" "a vCPU that is gone is not shown"; do
+	for about in "rules hold for a vCPU that runs" "no guest was lost" "a vCPU that is gone is not shown" \
+		"an L1 with a KVM runs" "what it saved is counted"; do
 		skip "$about" "needs debugfs and the payload"
 	done
 else
@@ -137,11 +138,18 @@ else
 	keep_busy a 1 ops=hypercall:2000
 	check "rules hold for a vCPU that runs" follows
 	stop_busy
-	check "what it saved is counted" at_least saved_exits 1 "$(cat $FIELDS/saved_exits)"
 	check "no guest was lost" no_guest_lost
 	check "a vCPU that is gone is not shown" equal lines 0 "$(wc -l <$DEBUGFS/learned)"
 	knob pinned '\n' ''
 	knob forbidden '\n' ''
+	if [ -d /lib/matryoshka/guest ]; then
+		# The KVM of that L1 writes other values to learned fields on every switch; the payload does not.
+		check "an L1 with a KVM runs" guest 2 ops=hypercall:40
+		check "what it saved is counted" at_least saved_exits 1 "$(cat $FIELDS/saved_exits)"
+	else
+		skip "an L1 with a KVM runs" "needs the guests' kernel"
+		skip "what it saved is counted" "needs the guests' kernel"
+	fi
 	set_mode off
 fi
 check "the version is that of the module" equal version "$(cat /sys/module/matryoshka/version 2>/dev/null || cat $SYS/version)" "$(cat $SYS/version)"

@@ -269,7 +269,7 @@ impl Learner {
             }
             return self.group_joins();
         }
-        if !has_place && !(pays && self.make_place(field)) {
+        if !(has_place || pays && self.make_place(field)) {
             return false;
         }
         self.join(field);

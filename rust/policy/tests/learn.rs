@@ -144,7 +144,7 @@ fn worth(habit: &Habit) -> Set {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig::with_cases(24))]
     #[test]
     fn a_learner_keeps_its_promises(
         first in config(), steps in prop::collection::vec(step(), 0..600),
