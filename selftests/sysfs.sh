@@ -55,8 +55,55 @@ numbers() {
 	if grep -vE '^[a-z_]+ [0-9]+$' "$CHECKS/fallbacks"; then return 1; fi
 }
 
+# --- the knobs of the path `fields` ---
+
+FIELDS=$SYS/paths/fields
+
+# knob NAME VALUE READS: what is written is taken and reads so.
+knob() { printf '%b' "$2" >"$FIELDS/$1" && equal "$1" "$3" "$(cat "$FIELDS/$1")"; }
+
+# no_knob NAME VALUE...: none of them is taken, and nothing changes.
+no_knob() {
+	_knob=$1
+	shift
+	_was=$(cat "$FIELDS/$_knob")
+	for _value; do
+		if printf '%b' "$_value" | cat 2>/dev/null >"$FIELDS/$_knob"; then
+			echo "was taken: '$_value'"
+			return 1
+		fi
+	done
+	equal "$_knob" "$_was" "$(cat "$FIELDS/$_knob")"
+}
+
+knobs_taken() {
+	knob budget 0 0 && knob budget '0x10\n' 16 && knob budget 96 96 &&
+		knob window 4 4 && knob window 1024 1024 && knob window 32 32 &&
+		knob pinned 'GUEST_RIP,0x6c14 guest_dr7\n' 'guest_dr7 guest_rip host_rsp' &&
+		knob forbidden 0x2011 tsc_offset &&
+		knob pinned '\n' '' && knob forbidden none ''
+}
+
+knobs_refused() {
+	no_knob budget 97 -1 x '1 2' '\n' && no_knob window 0 3 1025 32.0 &&
+		no_knob pinned guest_nothing 0xffff 'guest_rip, nothing' vm_instruction_error && no_knob forbidden '\377'
+}
+
+# learned WORD: whether the learned set of a vCPU that runs has that field.
+learned() { grep -E "^[0-9]+ fields " $DEBUGFS/learned | grep -qw "$1"; }
+
+# follows: the learned set of a vCPU that runs has what is pinned and lacks what is forbidden, when that is written.
+follows() {
+	_tries=0
+	until learned guest_dr7 && ! learned guest_physical_address; do
+		_tries=$((_tries + 1))
+		[ "$_tries" -lt 600 ] || { cat $DEBUGFS/learned; return 1; }
+		sleep 0.02
+	done
+}
+
 begin
-plan 14
+plan 23
 load
 check "files that only show are readable by all" permissions 444 $SYS/version $SYS/kernel_match $SYS/vcpus \
 	$CHECKS/state $CHECKS/taken $CHECKS/checked $CHECKS/mismatches $CHECKS/saved_exits $CHECKS/fallbacks
@@ -75,5 +122,35 @@ set_mode check
 check "on and check share their hooks" at_least hooks 6 "$(attached)"
 set_mode off
 check "off detaches" equal hooks 0 "$(attached)"
+check "knobs are writable by root" permissions 644 $FIELDS/budget $FIELDS/window $FIELDS/pinned $FIELDS/forbidden
+check "and by nobody else" fails unprivileged "echo 1 >$FIELDS/budget"
+check "they take what makes sense" knobs_taken
+check "and nothing else" knobs_refused
+if [ ! -e $DEBUGFS/learned ] || [ ! -f /lib/matryoshka/payload ]; then
+	for about in "rules hold for a vCPU that runs" "no guest was lost" "a vCPU that is gone is not shown" \
+		"an L1 with a KVM runs" "what it saved is counted"; do
+		skip "$about" "needs debugfs and the payload"
+	done
+else
+	set_mode on
+	knob pinned guest_dr7 guest_dr7
+	knob forbidden guest_physical_address guest_physical_address
+	keep_busy a 1 ops=hypercall:2000
+	check "rules hold for a vCPU that runs" follows
+	stop_busy
+	check "no guest was lost" no_guest_lost
+	check "a vCPU that is gone is not shown" equal lines 0 "$(wc -l <$DEBUGFS/learned)"
+	knob pinned '\n' ''
+	knob forbidden '\n' ''
+	if [ -d /lib/matryoshka/guest ]; then
+		# The KVM of that L1 writes other values to learned fields on every switch; the payload does not.
+		check "an L1 with a KVM runs" guest 2 ops=hypercall:40
+		check "what it saved is counted" at_least saved_exits 1 "$(cat $FIELDS/saved_exits)"
+	else
+		skip "an L1 with a KVM runs" "needs the guests' kernel"
+		skip "what it saved is counted" "needs the guests' kernel"
+	fi
+	set_mode off
+fi
 check "the version is that of the module" equal version "$(cat /sys/module/matryoshka/version 2>/dev/null || cat $SYS/version)" "$(cat $SYS/version)"
 finish

@@ -2,7 +2,11 @@
 //! VMX instructions (SDM volume 3, chapter 31).
 
 use crate::bindings;
-use core::arch::asm;
+use core::{
+    arch::asm,
+    sync::atomic::{AtomicBool, Ordering},
+};
+use kernel::prelude::*;
 
 /// Encoding of the guest's RFLAGS (SDM appendix B.4.3).
 pub(crate) const GUEST_RFLAGS: u64 = 0x6820;
@@ -70,6 +74,31 @@ pub(crate) unsafe fn vmptrld(physical: u64) -> bool {
         );
     }
     failed == 0
+}
+
+/// VMPTRLD of a shadow VMCS, which only a broken machine refuses: that is reported once.
+///
+/// # Safety
+///
+/// As for [`vmptrld`].
+#[inline(always)]
+pub(crate) unsafe fn load_shadow(physical: u64) -> bool {
+    // SAFETY: By this function's contract.
+    let loaded = unsafe { vmptrld(physical) };
+    if !loaded {
+        report(physical);
+    }
+    loaded
+}
+
+#[cold]
+fn report(physical: u64) {
+    static REPORTED: AtomicBool = AtomicBool::new(false);
+    if !REPORTED.swap(true, Ordering::Relaxed) {
+        pr_warn!(
+            "VMPTRLD of the shadow VMCS at {physical:#x} failed; its vCPU goes back to stock KVM\n"
+        );
+    }
 }
 
 /// VMCLEAR of the VMCS at a physical address; `false` on VMfail.

@@ -65,7 +65,8 @@ pub(crate) struct Memory {
     /// Fields that KVM was found to know.
     known: Set,
     pub(super) extension: Option<Pin<KBox<Extension>>>,
-    /// The stock bitmaps could not be explained: nothing is ever learned.
+    /// The stock bitmaps could not be explained, or a shadow VMCS could not be loaded: nothing is learned any
+    /// more.
     pub(super) unfit: bool,
     /// The learned set is not what the lists and bitmaps say.
     pub(super) stale: bool,
@@ -196,7 +197,9 @@ impl Memory {
         // KVM's own copy_shadow_to_vmcs12(). Entries have offsets of fields of vmcs12 with their
         // widths.
         unsafe {
-            if !vmx::vmptrld(shadow) {
+            if !vmx::load_shadow(shadow) {
+                // Nothing here works any more: the next switch gives the vCPU back.
+                self.unfit = true;
                 return false;
             }
             for_each_width!(ext.stock_rw, |e: Word| {
@@ -263,7 +266,8 @@ impl Memory {
         let mut refused = None;
         // SAFETY: By this function's contract, and as in `save`.
         unsafe {
-            if !vmx::vmptrld(shadow) {
+            if !vmx::load_shadow(shadow) {
+                self.unfit = true;
                 return;
             }
             if ext.drops_reserved.is_none() {

@@ -169,28 +169,27 @@ extern "C" fn mtk_on_sync_shadow(vcpu: *mut bindings::kvm_vcpu, _cont: Continuat
         if vcpu.evmcs_is_mapped() || !vcpu.vmcs01_is_loaded() {
             return None;
         }
-        if mode == Mode::Off {
+        let count = counters.path::<NUMBER>();
+        if mode == Mode::Off || memory.unfit {
             // Being given back: vmcs12 is up to date, so this is as good a place as any. Going on
             // to the stock copy while extended would leave old values in the learned fields.
             // SAFETY: L1 is about to run here, so the vCPU is loaded by this task.
-            unsafe {
-                let count = counters.path::<NUMBER>();
-                memory.withdraw(vcpu, &mut local.regions, count, &counters.fields);
-            }
+            unsafe { memory.withdraw(vcpu, &mut local.regions, count, &counters.fields) };
             return None;
         }
         memory.obey(vcpu);
         memory.stale |= memory.learner.switched();
         if memory.must_rebuild(mode == Mode::Check) {
             // SAFETY: L1 is about to run here, so the vCPU is loaded by this task.
-            unsafe {
-                local
-                    .regions
-                    .settle(vcpu, memory, counters.path::<NUMBER>())
-            };
+            unsafe { local.regions.settle(vcpu, memory, count) };
         }
         // SAFETY: KVM is about to do the same, at the same place, with vmcs01 current.
         unsafe { memory.restore(vcpu, vmcs12, mode == Mode::Check, &counters.fields) };
+        if memory.unfit {
+            // SAFETY: As above.
+            unsafe { memory.withdraw(vcpu, &mut local.regions, count, &counters.fields) };
+            return None;
+        }
         vcpu.set_vmcs12_newer(false);
         Some(())
     });

@@ -222,7 +222,7 @@ impl Memory {
         // fields of vmcs12 with their widths.
         unsafe {
             let shadow = vmx::physical(t.shadow.as_ptr().cast());
-            if vmx::vmptrld(shadow) {
+            if vmx::load_shadow(shadow) {
                 for_each_width!(t.fields, |e: Word| {
                     if let Some(value) = vmx::vmread(u64::from(e.encoding)) {
                         base.add(e.offset as usize)
@@ -279,7 +279,7 @@ impl Memory {
         // SAFETY: As in `save`.
         unsafe {
             let shadow = vmx::physical(t.shadow.as_ptr().cast());
-            if vmx::vmptrld(shadow) {
+            if vmx::load_shadow(shadow) {
                 for_each_width!(t.fields, |e: Word| {
                     let value = vmx::vmread(u64::from(e.encoding)).unwrap_or_default();
                     let stock = base.add(e.offset as usize).cast::<Word>().read_unaligned();
@@ -309,7 +309,7 @@ unsafe fn fill(t: &mut Tables, vcpu: Vcpu) -> Option<Number> {
     // SAFETY: As in `Memory::save`.
     unsafe {
         let shadow = vmx::physical(t.shadow.as_ptr().cast());
-        if vmx::vmptrld(shadow) {
+        if vmx::load_shadow(shadow) {
             if t.drops_reserved.is_none() {
                 t.drops_reserved = Some(drops_reserved());
             }
