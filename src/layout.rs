@@ -44,12 +44,11 @@ static EXPECTED: &[Expected] = &expect! {
     nested_vmx {
         current_vmptr, cached_vmcs12, need_vmcs12_to_shadow_sync, dirty_vmcs12,
         need_sync_vmcs02_to_vmcs12_rare, vmcs02, msrs, vmxon, vmxon_ptr, posted_intr_nv,
-        cached_shadow_vmcs12, virtual_apic_map, force_msr_bitmap_recalc,
+        cached_shadow_vmcs12,
     }
     nested_vmx_msrs { misc_low, secondary_ctls_high }
-    loaded_vmcs { vmcs, shadow_vmcs, cpu, controls_shadow, msr_bitmap }
-    vmcs_controls_shadow { vm_entry, vm_exit, exec, secondary_exec }
-    kvm_host_map { pfn, hva }
+    loaded_vmcs { vmcs, shadow_vmcs, cpu, controls_shadow }
+    vmcs_controls_shadow { vm_entry, vm_exit, secondary_exec }
     vmcs12 {
         io_bitmap_a, vmcs_link_pointer, cr0_guest_host_mask, guest_cr0, host_cr0,
         pin_based_vm_exec_control, secondary_vm_exec_control, guest_activity_state, virtual_processor_id, host_tr_selector,

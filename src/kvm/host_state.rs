@@ -229,16 +229,16 @@ impl Vcpu {
         // SAFETY: By the invariants of `Vcpu` these are this thread's.
         unsafe {
             let arch = &raw mut (*vmx).vcpu.arch;
-            (*arch).regs[bindings::MTK_REG_RSP as usize] = rsp as _;
-            (*arch).rip = rip as _;
-            (*arch).cr0_guest_owned_bits = known.cr0_owned as _;
-            (*arch).cr0 = known.cr0 as _;
-            (*arch).cr4_guest_owned_bits = !mask as _;
+            (*arch).regs[bindings::MTK_REG_RSP as usize] = rsp as usize;
+            (*arch).rip = rip as usize;
+            (*arch).cr0_guest_owned_bits = known.cr0_owned as usize;
+            (*arch).cr0 = known.cr0 as usize;
+            (*arch).cr4_guest_owned_bits = !mask as usize;
             if ((*arch).cr4 as u64 ^ known.cr4) & CR4_IN_CPUID != 0 {
                 (*arch).cpuid_dynamic_bits_dirty = true;
             }
-            (*arch).cr4 = known.cr4 as _;
-            (*arch).cr3 = cr3 as _;
+            (*arch).cr4 = known.cr4 as usize;
+            (*arch).cr3 = cr3 as usize;
             // nested_ept_uninit_mmu_context().
             (*arch).mmu = &raw mut (*arch).root_mmu;
             #[cfg(not(MTK_GVA_WALK))]
@@ -249,9 +249,9 @@ impl Vcpu {
                 (*arch).pat = pat;
             }
             // No breakpoint is enabled in this DR7.
-            (*arch).dr7 = host_state::DR7 as _;
+            (*arch).dr7 = host_state::DR7 as usize;
             (*arch).switch_db_regs &= !BP_ENABLED;
-            (*vmx).rflags = host_state::RFLAGS as _;
+            (*vmx).rflags = host_state::RFLAGS as usize;
             (*vmx).segment_cache.bitmask = 0;
             (*vmx).vt.emulation_required = false;
             let available = (&raw mut (*arch).regs_avail).cast::<u32>();

@@ -10,13 +10,18 @@ const LME: u64 = 1 << 8;
 fn inputs() -> impl Strategy<Value = Inputs> {
     // Near enough to 64-bit mode that a plan is common.
     let mostly = |set: u64, clear: u64| {
-        (any::<u64>(), prop::bool::weighted(0.85))
-            .prop_map(move |(word, usual)| if usual { word & !clear | set } else { word })
+        (any::<u64>(), prop::bool::weighted(0.85)).prop_map(move |(word, usual)| {
+            if usual {
+                (word & !clear) | set
+            } else {
+                word
+            }
+        })
     };
     (
-        mostly(1 << 9, 1 << 12 | 1 << 28),
+        mostly(1 << 9, (1 << 12) | (1 << 28)),
         prop_oneof![9 => Just(0u64), 1 => any::<u64>()],
-        mostly(1 | 1 << 31, 0),
+        mostly(1 | (1 << 31), 0),
         mostly(1 << 5, 0),
         mostly(LMA | LME, 0),
         any::<u64>(),
@@ -32,7 +37,7 @@ fn inputs() -> impl Strategy<Value = Inputs> {
 }
 
 fn bit(word: u64, number: u32) -> bool {
-    word >> number & 1 == 1
+    (word >> number) & 1 == 1
 }
 
 proptest! {

@@ -15,7 +15,7 @@ const SMM: u64 = 2;
 fn registers() -> impl Strategy<Value = (u64, u64, u64, u64, bool)> {
     let with = |must: u64| {
         (any::<u64>(), any::<u64>(), prop::bool::weighted(0.9))
-            .prop_map(move |(a, b, usual)| a & b | if usual { must } else { 0 })
+            .prop_map(move |(a, b, usual)| (a & b) | if usual { must } else { 0 })
     };
     (with(PG), with(PAE), with(LMA), any::<u64>(), any::<bool>())
         .prop_map(|(cr0, cr4, efer, flags, nested)| (cr0, cr4, efer, flags, nested))
