@@ -53,7 +53,7 @@ enum {
 };
 
 /* What EPT02 and other shadow page tables are made of. */
-enum : u64 {
+enum {
 	MTK_SPTE_NONPRESENT = SHADOW_NONPRESENT_VALUE,
 	MTK_SPTE_PRESENT = SPTE_MMU_PRESENT_MASK,
 	MTK_SPTE_HUGE = PT_PAGE_SIZE_MASK,

@@ -20,6 +20,12 @@ pub(crate) const PREFETCH: usize = 8;
 /// Bits 51:12, the physical address in an entry of EPT (SDM volume 3, table 30-7).
 pub(crate) const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
+/// An entry that leads somewhere (`SPTE_MMU_PRESENT_MASK`).
+pub(super) const PRESENT: u64 = bindings::MTK_SPTE_PRESENT as u64;
+/// An entry above the last level that maps a large page (`PT_PAGE_SIZE_MASK`).
+pub(super) const HUGE: u64 = bindings::MTK_SPTE_HUGE as u64;
+/// An entry that KVM has emptied (`SHADOW_NONPRESENT_VALUE`).
+const NONPRESENT: u64 = bindings::MTK_SPTE_NONPRESENT as u64;
 /// Bit 8 of an entry, accessed (SDM volume 3, 30.3.5).
 const ACCESSED: u64 = 1 << 8;
 const LEVEL_BITS: u32 = 9;
@@ -162,7 +168,7 @@ impl MmuLock {
                     .add(index)
                     .read_volatile()
             };
-            if entry & bindings::MTK_SPTE_PRESENT == 0 || entry & bindings::MTK_SPTE_HUGE != 0 {
+            if entry & PRESENT == 0 || entry & HUGE != 0 {
                 return None;
             }
             table = entry & ADDRESS;
@@ -214,7 +220,7 @@ pub(super) fn shadow_page(table: u64) -> *mut bindings::kvm_mmu_page {
 /// Sets the accessed flag of an entry that is present, as the processor does at any time.
 pub(super) fn mark_accessed(entry: &AtomicU64) {
     let old = entry.load(Ordering::Relaxed);
-    if old & bindings::MTK_SPTE_PRESENT != 0 && old & ACCESSED == 0 {
+    if old & PRESENT != 0 && old & ACCESSED == 0 {
         // If it has changed meanwhile, the flag may stay clear.
         let _ = entry.compare_exchange(old, old | ACCESSED, Ordering::Relaxed, Ordering::Relaxed);
     }
@@ -265,12 +271,12 @@ impl Leaf<'_> {
 
     /// Whether L2 has a page here.
     pub(crate) fn is_present(&self, index: usize) -> bool {
-        self.entry(index) & bindings::MTK_SPTE_PRESENT != 0
+        self.entry(index) & PRESENT != 0
     }
 
     /// Whether nothing is here, neither a page nor a mark for MMIO.
     pub(crate) fn is_empty(&self, index: usize) -> bool {
-        self.entry(index) == bindings::MTK_SPTE_NONPRESENT
+        self.entry(index) == NONPRESENT
     }
 
     /// Whether L2 has used the page here (bit 8, accessed; SDM volume 3, 30.3.5).
@@ -314,9 +320,11 @@ impl Leaf<'_> {
         ];
         // SAFETY: As KVM's ept_gpte_changed() calls it; the buffer has room for as much, and the page is not left.
         let ret = unsafe { CallId::READ_GUEST_ATOMIC.call(args) }?;
+        if ret as i32 != 0 {
+            return None;
+        }
         // SAFETY: 0 says that `count` entries were written, of which any value is one.
-        (ret as i32 == 0)
-            .then(|| unsafe { core::slice::from_raw_parts(buffer.as_ptr().cast::<u64>(), count) })
+        Some(unsafe { core::slice::from_raw_parts(buffer.as_ptr().cast::<u64>(), count) })
     }
 
     /// `kvm_mmu_prefetch_sptes()`: maps the pages from `gfn` of L1's memory at `index` and after, as many as the host

@@ -2,7 +2,7 @@
 //! The table that KVM itself makes for a guest, its TDP MMU, and faults on it.
 
 use super::{
-    ept02::{mark_accessed, shadow_page, ADDRESS, ENTRIES},
+    ept02::{mark_accessed, shadow_page, ADDRESS, ENTRIES, HUGE, PRESENT},
     vcpu::read,
     vmx, Vcpu,
 };
@@ -59,7 +59,9 @@ impl Fault {
         backed
             + self.get(backed, count, |address, count, pages| {
                 // SAFETY: As above; the current task has the VMM's address space.
-                unsafe { bindings::get_user_pages_unlocked(address, count as _, pages, FOLL_WRITE) }
+                unsafe {
+                    bindings::get_user_pages_unlocked(address, count as usize, pages, FOLL_WRITE)
+                }
             })
     }
 
@@ -78,7 +80,7 @@ impl Fault {
         let offset = (self.0.gfn.wrapping_sub(slot.base_gfn)).wrapping_add(1 + skip as u64);
         let left = (slot.npages as u64).saturating_sub(offset);
         let count = (count as u64).min(left) as usize;
-        let start = (slot.userspace_addr as usize).wrapping_add((offset as usize) << 12);
+        let start = slot.userspace_addr.wrapping_add((offset as usize) << 12);
         let mut found = 0;
         while found < count {
             let mut pages = [core::ptr::null_mut(); MOST];
@@ -165,7 +167,7 @@ impl Vcpu {
             let index = (page >> (9 * (level - 1))) as usize % ENTRIES;
             // SAFETY: `table` is a page of entries of the TDP MMU, which frees them after a grace period.
             let entry = unsafe { entry_of(table, index).load(Ordering::Acquire) };
-            if entry & bindings::MTK_SPTE_PRESENT == 0 || entry & bindings::MTK_SPTE_HUGE != 0 {
+            if entry & PRESENT == 0 || entry & HUGE != 0 {
                 return None;
             }
             table = entry & ADDRESS;
@@ -194,7 +196,7 @@ impl Table<'_> {
 
     /// Whether the guest has the page.
     pub(crate) fn is_present(&self, page: u64) -> bool {
-        self.entry(page).load(Ordering::Relaxed) & bindings::MTK_SPTE_PRESENT != 0
+        self.entry(page).load(Ordering::Relaxed) & PRESENT != 0
     }
 
     /// Sets the accessed flag of a page that is there, as the processor does at any time.

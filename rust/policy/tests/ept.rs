@@ -17,7 +17,7 @@ const RESERVED: u64 = 0x000f_c000_0000_0000;
 #[test]
 fn an_ordinary_entry() {
     let wb = 6 << 3;
-    let entry = 0x1234_5000 | wb | 1 << 9 | 1 << 8 | 7;
+    let entry = 0x1234_5000 | wb | (1 << 9) | (1 << 8) | 7;
     let full = Page {
         gfn: 0x12345,
         access: 1 | 2 | 8,
@@ -47,14 +47,14 @@ proptest! {
     fn never_more_than_the_entry_grants(entry: u64, granted in 0u64..16) {
         if let Some(p) = page(entry, RESERVED, granted, &RIGHTS) {
             prop_assert!(p.access & !granted == 0);
-            prop_assert!(p.access & 2 == 0 || entry & 2 != 0 && entry & 1 << 9 != 0);
+            prop_assert!(p.access & 2 == 0 || (entry & 2 != 0 && entry & (1 << 9) != 0));
             prop_assert!(p.access & 8 == 0 || entry & 4 != 0);
-            prop_assert!(p.access & 4 == 0 || entry & 1 << 10 != 0);
-            prop_assert!(entry & 1 << 8 != 0);
+            prop_assert!(p.access & 4 == 0 || entry & (1 << 10) != 0);
+            prop_assert!(entry & (1 << 8) != 0);
             prop_assert_eq!(p.gfn << 12, entry & 0x000f_ffff_ffff_f000);
             // Neither a misconfiguration (table 30-3's rules for memory types, 30.3.3.1's for bits 2:0) nor an
             // address that the processor does not have.
-            prop_assert!(![2, 3, 7].contains(&(entry >> 3 & 7)));
+            prop_assert!(![2, 3, 7].contains(&((entry >> 3) & 7)));
             prop_assert!(entry & 7 != 2 && entry & 7 != 6);
             prop_assert!(p.gfn < 1 << 34);
         }
@@ -63,8 +63,8 @@ proptest! {
     /// Bits that mean nothing here (ignored ones and the suppression of #VE) change nothing.
     #[test]
     fn ignored_bits_are_ignored(entry: u64, noise: u64) {
-        let ignored = 0xfff0_0000_0000_0880 | 1 << 6;
-        let other = entry & !ignored | noise & ignored;
+        let ignored = 0xfff0_0000_0000_0880 | (1 << 6);
+        let other = (entry & !ignored) | (noise & ignored);
         prop_assert_eq!(page(entry, RESERVED, ALL, &RIGHTS), page(other, RESERVED, ALL, &RIGHTS));
     }
 }
