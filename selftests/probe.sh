@@ -28,7 +28,7 @@ begin
 need_guest
 # shellcheck disable=SC2086 # words
 set -- $depths
-plan $(($# * 10 + 5))
+plan $(($# * 10 + 6))
 for depth; do
 	check "depth $depth: the probe runs and finds what the SDM says" probe "$depth"
 	say "depth $depth: $(wc -l <"$TMP/$depth/stock.log" 2>/dev/null || echo 0) lines of answers"
@@ -39,7 +39,7 @@ for depth; do
 	check "depth $depth: check compared something" at_least checked 1 "$(counter checked)"
 	check "depth $depth: and found no mismatch" equal mismatches 0 "$(mismatches)"
 	if [ "$depth" = "$1" ]; then
-		for path in fields vmptrld l2fields prefault nested_switch; do
+		for path in fields vmptrld l2fields prefault direct nested_switch; do
 			check "depth $depth: so did the path $path" at_least checked 1 "$(cat "$SYS/paths/$path/checked")"
 		done
 	fi

@@ -24,8 +24,8 @@ pub fn run(level: u32) -> Result<(), VmxError> {
             return sweeps(true, 1);
         }
         for flags in [true, false] {
-            rounds(flags, 12)?;
-            sweeps(flags, 6)?;
+            rounds(flags, 6)?;
+            sweeps(flags, 3)?;
         }
         Ok(())
     })

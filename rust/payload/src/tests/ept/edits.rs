@@ -24,7 +24,7 @@ const OLD: usize = 3;
 pub fn run(level: u32) -> Result<(), VmxError> {
     super::group(GROUP, || {
         for flags in [true, false] {
-            Edits::new(flags)?.run(if level > 1 { 16 } else { 160 })?;
+            Edits::new(flags)?.run(if level > 1 { 16 } else { 96 })?;
         }
         Ok(())
     })

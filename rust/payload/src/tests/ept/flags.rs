@@ -26,7 +26,7 @@ const LOG_ENTRIES: u64 = 512;
 pub fn run(level: u32) -> Result<(), VmxError> {
     super::group(GROUP, || {
         for flags in [true, false] {
-            small(flags, if level > 1 { 1 } else { 8 })?;
+            small(flags, if level > 1 { 1 } else { 4 })?;
             upper(flags)?;
         }
         modification_log(if level > 1 { 1 } else { 4 })

@@ -24,8 +24,8 @@ pub fn run(level: u32) -> Result<(), VmxError> {
         if level > 1 {
             return rounds(true, 1);
         }
-        rounds(true, 6)?;
-        rounds(false, 6)
+        rounds(true, 3)?;
+        rounds(false, 3)
     })
 }
 

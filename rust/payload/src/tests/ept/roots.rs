@@ -18,7 +18,7 @@ const BATCH: usize = 24;
 /// The group.
 pub fn run(level: u32) -> Result<(), VmxError> {
     super::group(GROUP, || {
-        let turns = if level > 1 { 12 } else { 96 };
+        let turns = if level > 1 { 12 } else { 48 };
         for flags in [[true, true], [true, false], [false, false]] {
             if level == 1 || flags[0] != flags[1] {
                 Roots::new(flags)?.run(turns)?;
