@@ -165,6 +165,7 @@ extern "C" fn mtk_on_tdp_page_fault(
         let more = (wanted - backed.min(wanted)).min(POPULATE.load(Ordering::Relaxed));
         if backed == 0 && more == 0 {
             counters.fall_back(Reason::NotBacked as usize);
+            memory.ahead.missed();
         }
         let mut mapped = 0;
         match mode {

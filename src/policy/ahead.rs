@@ -2,7 +2,9 @@
 //! How many pages after a fault are mapped along with it, where nothing can be learned from accessed flags.
 //!
 //! Only faults that follow on one another count: each doubles the number, any other fault starts anew with none.
-//! So a guest that touches its memory in any other order never pays for pages that it does not want.
+//! So a guest that touches its memory in any other order never pays for pages that it does not want. Where the VMM
+//! turns out not to have populated the next page, some faults are left alone before it is looked for again: twice as
+//! many each time, up to [`LONGEST`].
 
 /// Entries in a table.
 const TABLE: u64 = 512;
@@ -10,6 +12,8 @@ const TABLE: u64 = 512;
 const MAX: u8 = 7;
 /// Most pages at once.
 pub const MOST: u16 = (1 << MAX) - 1;
+/// Most faults that are left alone after pages were missed.
+pub const LONGEST: u16 = 16;
 
 /// What is known about a vCPU's faults.
 #[derive(Debug)]
@@ -17,6 +21,10 @@ pub struct Ahead {
     /// The page after the last that was mapped.
     next: u64,
     log2: u8,
+    /// Faults to leave alone.
+    idle: u16,
+    /// How many were left alone last.
+    idled: u16,
 }
 
 impl Default for Ahead {
@@ -31,12 +39,20 @@ impl Ahead {
         Self {
             next: u64::MAX,
             log2: 0,
+            idle: 0,
+            idled: 0,
         }
     }
 
     /// The guest has faulted on `page` (its address, shifted by 12). Returns how many pages after it are to be
     /// mapped, all in the same last-level table and not more than `most`.
     pub fn fault(&mut self, page: u64, most: u16) -> u16 {
+        if self.idle > 0 {
+            self.idle -= 1;
+            self.log2 = 0;
+            self.next = page.wrapping_add(1);
+            return 0;
+        }
         self.log2 = if page == self.next {
             (self.log2 + 1).min(MAX)
         } else {
@@ -51,5 +67,14 @@ impl Ahead {
     /// Only `count` pages were mapped of those that `fault` said.
     pub fn stopped(&mut self, page: u64, count: u16) {
         self.next = page.wrapping_add(1 + u64::from(count));
+        if count > 0 {
+            self.idled = 0;
+        }
+    }
+
+    /// None of the pages that `fault` said was there to be mapped.
+    pub fn missed(&mut self) {
+        self.idled = (self.idled * 2).clamp(1, LONGEST);
+        self.idle = self.idled;
     }
 }

@@ -2,7 +2,7 @@
 //! `policy::window` and `policy::ahead` against guests that touch memory in various orders.
 
 use policy::{
-    ahead::{Ahead, MOST},
+    ahead::{Ahead, LONGEST, MOST},
     window::{Window, MAX, MIN},
 };
 use proptest::prelude::*;
@@ -150,4 +150,23 @@ fn ahead_goes_on_after_what_was_mapped() {
     // Only two of the seven were there.
     ahead.stopped(7, 2);
     assert_eq!(ahead.fault(10, MOST), 15);
+}
+
+#[test]
+fn ahead_looks_less_often_where_nothing_is_there() {
+    let mut ahead = Ahead::new();
+    let mut looks = 0;
+    for page in 0..1000 {
+        if ahead.fault(page, MOST) > 0 {
+            looks += 1;
+            ahead.missed();
+            ahead.stopped(page, 0);
+        }
+    }
+    assert!(looks <= 1000 / u32::from(LONGEST) + 5, "{looks}");
+    // And comes back within as many faults.
+    let back = (1000..).find(|&page| ahead.fault(page, MOST) > 0).unwrap();
+    assert!(back <= 1000 + u64::from(LONGEST));
+    ahead.stopped(back, 1);
+    assert_eq!(ahead.fault(back + 2, MOST), 3);
 }
