@@ -30,16 +30,22 @@ impl Fault {
         self.0.gfn
     }
 
-    /// An access to a page that is not there at all, of ordinary memory: in a slot without any flag (no logging of
-    /// writes, not read-only, no memory file of the guest's own).
-    pub(crate) fn is_plain(&self) -> bool {
+    /// The page of an access to one that is not there at all, of ordinary memory: in a slot without any flag (no logging
+    /// of writes, not read-only, no memory file of the guest's own). `None` for other faults.
+    ///
+    /// # Safety
+    ///
+    /// As for `copy`.
+    #[inline(always)]
+    pub(crate) unsafe fn plain_page(ptr: *const bindings::kvm_page_fault) -> Option<u64> {
+        // SAFETY: By this function's contract; only this thread uses it.
+        let fault = unsafe { &*ptr };
+        if fault.prefetch || fault.present || fault.rsvd || fault.is_private {
+            return None;
+        }
         // SAFETY: KVM's own pointer to a slot, alive under KVM's SRCU lock, which the caller of the handler holds.
-        let slot = unsafe { self.0.slot.as_ref() };
-        !self.0.prefetch
-            && !self.0.present
-            && !self.0.rsvd
-            && !self.0.is_private
-            && slot.is_some_and(|slot| slot.flags == 0)
+        let slot = unsafe { fault.slot.as_ref() }?;
+        (slot.flags == 0).then_some(fault.gfn)
     }
 
     /// How many of `count` pages after the fault's the host has in memory for writing, from the first on, as far
@@ -73,7 +79,7 @@ impl Fault {
         how: impl Fn(usize, i32, *mut *mut bindings::page) -> isize,
     ) -> usize {
         const MOST: usize = 16;
-        // SAFETY: As in `is_plain`.
+        // SAFETY: As in `plain_page`.
         let Some(slot) = (unsafe { self.0.slot.as_ref() }) else {
             return 0;
         };

@@ -118,21 +118,34 @@ extern "C" fn mtk_on_tdp_page_fault(
     ptr: *mut bindings::kvm_page_fault,
     cont: Continuation,
 ) -> Verdict {
-    if mode() == Mode::Off {
-        return Verdict::STOCK;
-    }
+    let mode = mode();
     // SAFETY: The hooked function's own argument.
-    let fault = unsafe { Fault::copy(ptr) };
-    if !fault.is_plain() {
+    let Some(page) = (unsafe { Fault::plain_page(ptr) }).filter(|_| mode != Mode::Off) else {
+        return Verdict::STOCK;
+    };
+    // SAFETY: The hooked function's own argument.
+    let vcpu = unsafe { Vcpu::from_hook(raw) };
+    let concerned = state::with(vcpu, |local, counters| {
+        let memory = &mut local.direct;
+        let follows = memory.ahead.follows(page);
+        if !follows {
+            let counters = counters.path::<NUMBER>();
+            counters.fall_back(Reason::NotInOrder as usize);
+        }
+        follows || memory.expected.1 != 0
+    });
+    if concerned == Some(false) {
         return Verdict::STOCK;
     }
     let section = InFlight::enter(HookId::TDP_PAGE_FAULT);
     // SAFETY: The hooked function's own argument.
-    let vcpu = unsafe { Vcpu::from_hook(raw) };
+    let fault = unsafe { Fault::copy(ptr) };
     // SAFETY: This handler's continuation and the hooked function's own arguments.
     let value = unsafe { section.call_stock(cont, [vcpu.key(), ptr as usize, 0]) };
-    if !state::ensure(vcpu, &section) {
-        super::count_stateless(NUMBER, Reason::NoMemory as usize);
+    if concerned.is_none() {
+        if !state::ensure(vcpu, &section) {
+            super::count_stateless(NUMBER, Reason::NoMemory as usize);
+        }
         return Verdict::handled(value);
     }
     // SAFETY: The function has just run and its caller owns the structure.
@@ -142,50 +155,47 @@ extern "C" fn mtk_on_tdp_page_fault(
         let counters = counters.path::<NUMBER>();
         let memory = &mut local.direct;
         let (first, count) = core::mem::take(&mut memory.expected);
-        let mode = mode();
-        if mode == Mode::Check && fault.page().wrapping_sub(first) < u64::from(count) {
+        if mode == Mode::Check && page.wrapping_sub(first) < u64::from(count) {
             counters.checked.bump();
             // A page that stock retries or finds mapped by somebody else is not held against anybody.
             if value as i32 == bindings::MTK_RET_PF_EMULATE as i32 {
-                report(counters, fault.page());
+                report(counters, page);
             }
+        }
+        if !memory.ahead.is_next(page) {
+            return;
         }
         if !fixed || vcpu.in_smm() {
             counters.fall_back(Reason::Unusual as usize);
             return;
         }
-        let wanted = memory
-            .ahead
-            .fault(fault.page(), AHEAD.load(Ordering::Relaxed));
+        let wanted = memory.ahead.count(page, AHEAD.load(Ordering::Relaxed));
         if wanted == 0 {
-            counters.fall_back(Reason::NotInOrder as usize);
+            // The end of the table.
             return;
         }
         let backed = fault.backed(usize::from(wanted)) as u16;
         let more = (wanted - backed.min(wanted)).min(POPULATE.load(Ordering::Relaxed));
+        let mut mapped = 0;
         if backed == 0 && more == 0 {
             counters.fall_back(Reason::NotBacked as usize);
             memory.ahead.missed();
-        }
-        let mut mapped = 0;
-        match mode {
-            Mode::On if backed != 0 || more != 0 => {
-                let mut count = backed;
-                if more != 0 {
-                    count = fault.populate(usize::from(backed), usize::from(more)) as u16;
-                }
-                mapped = map(vcpu, &fault, count);
-                if mapped != 0 {
-                    counters.taken.bump();
-                }
-                if mapped < count {
-                    counters.fall_back(Reason::Refused as usize);
-                }
+        } else if mode == Mode::Check {
+            memory.expected = (page.wrapping_add(1), backed);
+        } else {
+            let mut count = backed;
+            if more != 0 {
+                count = fault.populate(usize::from(backed), usize::from(more)) as u16;
             }
-            Mode::Check => memory.expected = (fault.page().wrapping_add(1), backed),
-            _ => {}
+            mapped = map(vcpu, &fault, count);
+            if mapped != 0 {
+                counters.taken.bump();
+            }
+            if mapped < count {
+                counters.fall_back(Reason::Refused as usize);
+            }
         }
-        memory.ahead.stopped(fault.page(), mapped);
+        memory.ahead.stopped(page, mapped);
     });
     Verdict::handled(value)
 }

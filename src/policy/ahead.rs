@@ -44,27 +44,35 @@ impl Ahead {
         }
     }
 
-    /// The guest has faulted on `page` (its address, shifted by 12). Returns how many pages after it are to be
-    /// mapped, all in the same last-level table and not more than `most`.
-    pub fn fault(&mut self, page: u64, most: u16) -> u16 {
-        if self.idle > 0 {
-            self.idle -= 1;
+    /// The guest has faulted on `page` (its address, shifted by 12). Returns whether it follows on the fault before, so
+    /// that `count` is to be asked; if not, there is nothing to do.
+    #[inline]
+    pub fn follows(&mut self, page: u64) -> bool {
+        let follows = page == self.next && self.idle == 0;
+        if !follows {
+            self.idle = self.idle.saturating_sub(1);
             self.log2 = 0;
             self.next = page.wrapping_add(1);
-            return 0;
         }
-        self.log2 = if page == self.next {
-            (self.log2 + 1).min(MAX)
-        } else {
-            0
-        };
+        follows
+    }
+
+    /// Whether `follows` has said yes of `page`, the last fault.
+    pub fn is_next(&self, page: u64) -> bool {
+        page == self.next
+    }
+
+    /// How many pages after `page`, of which `follows` has said yes, are to be mapped: all in the same last-level table
+    /// and not more than `most`.
+    pub fn count(&mut self, page: u64, most: u16) -> u16 {
+        self.log2 = (self.log2 + 1).min(MAX);
         let left = TABLE - 1 - page % TABLE;
         let count = ((1u64 << self.log2) - 1).min(left).min(u64::from(most));
         self.next = page.wrapping_add(1 + count);
         count as u16
     }
 
-    /// Only `count` pages were mapped of those that `fault` said.
+    /// Only `count` pages were mapped of those that `count` said.
     pub fn stopped(&mut self, page: u64, count: u16) {
         self.next = page.wrapping_add(1 + u64::from(count));
         if count > 0 {
@@ -72,7 +80,7 @@ impl Ahead {
         }
     }
 
-    /// None of the pages that `fault` said was there to be mapped.
+    /// None of the pages that `count` said was there to be mapped.
     pub fn missed(&mut self) {
         self.idled = (self.idled * 2).clamp(1, LONGEST);
         self.idle = self.idled;

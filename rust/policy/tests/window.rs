@@ -8,6 +8,15 @@ use policy::{
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 
+/// Pages that are to be mapped after the one of a fault.
+fn fault(ahead: &mut Ahead, page: u64) -> u16 {
+    if ahead.follows(page) {
+        ahead.count(page, MOST)
+    } else {
+        0
+    }
+}
+
 /// A guest whose every first touch of a page that is not there is a fault. Stock KVM brings 8 pages.
 #[derive(Default)]
 struct Guest {
@@ -120,7 +129,7 @@ proptest! {
         let mut page = start;
         let mut end = None;
         for step in steps {
-            let count = u64::from(ahead.fault(page, MOST));
+            let count = u64::from(fault(&mut ahead, page));
             prop_assert_eq!(page / 512, (page + count) / 512);
             prop_assert!(count == 0 || end == Some(page));
             prop_assert!(count < 128);
@@ -135,7 +144,7 @@ proptest! {
         let mut ahead = Ahead::new();
         for page in pages {
             // Odd pages only: no page follows another.
-            prop_assert_eq!(ahead.fault(page | 1, MOST), 0);
+            prop_assert_eq!(fault(&mut ahead, page | 1), 0);
         }
     }
 }
@@ -143,13 +152,13 @@ proptest! {
 #[test]
 fn ahead_goes_on_after_what_was_mapped() {
     let mut ahead = Ahead::new();
-    assert_eq!(ahead.fault(0, MOST), 0);
-    assert_eq!(ahead.fault(1, MOST), 1);
-    assert_eq!(ahead.fault(3, MOST), 3);
-    assert_eq!(ahead.fault(7, MOST), 7);
+    assert_eq!(fault(&mut ahead, 0), 0);
+    assert_eq!(fault(&mut ahead, 1), 1);
+    assert_eq!(fault(&mut ahead, 3), 3);
+    assert_eq!(fault(&mut ahead, 7), 7);
     // Only two of the seven were there.
     ahead.stopped(7, 2);
-    assert_eq!(ahead.fault(10, MOST), 15);
+    assert_eq!(fault(&mut ahead, 10), 15);
 }
 
 #[test]
@@ -157,7 +166,7 @@ fn ahead_looks_less_often_where_nothing_is_there() {
     let mut ahead = Ahead::new();
     let mut looks = 0;
     for page in 0..1000 {
-        if ahead.fault(page, MOST) > 0 {
+        if fault(&mut ahead, page) > 0 {
             looks += 1;
             ahead.missed();
             ahead.stopped(page, 0);
@@ -165,8 +174,8 @@ fn ahead_looks_less_often_where_nothing_is_there() {
     }
     assert!(looks <= 1000 / u32::from(LONGEST) + 5, "{looks}");
     // And comes back within as many faults.
-    let back = (1000..).find(|&page| ahead.fault(page, MOST) > 0).unwrap();
+    let back = (1000..).find(|&page| fault(&mut ahead, page) > 0).unwrap();
     assert!(back <= 1000 + u64::from(LONGEST));
     ahead.stopped(back, 1);
-    assert_eq!(ahead.fault(back + 2, MOST), 3);
+    assert_eq!(fault(&mut ahead, back + 2), 3);
 }
