@@ -34,6 +34,10 @@ const RIGHTS: Rights = Rights {
     user_exec: bindings::MTK_ACC_USER_EXEC as u64,
 };
 
+/// Frame of L1's local APIC (`APIC_DEFAULT_PHYS_BASE`). KVM may have a page there for its own use, which a fault of L2
+/// never gets (`kvm_mmu_faultin_pfn()`), but prefetching would.
+const APIC_FRAME: u64 = 0xfee00;
+
 /// What became of a fill.
 #[derive(Default)]
 struct Outcome {
@@ -122,8 +126,8 @@ fn fill_chunk(vcpu: Vcpu, gpa: u64, range: Range<usize>, out: &mut Outcome) {
     let (granted, reserved) = (leaf.granted(), vcpu.reserved_gpa_bits());
     let mut run: Option<Run> = None;
     for (index, &entry) in range.zip(entries) {
-        let Some(to) =
-            ept::page(entry, reserved, granted, &RIGHTS).filter(|_| leaf.is_empty(index))
+        let Some(to) = ept::page(entry, reserved, granted, &RIGHTS)
+            .filter(|to| to.gfn != APIC_FRAME && leaf.is_empty(index))
         else {
             continue;
         };
