@@ -75,7 +75,7 @@ static EXPECTED: &[Expected] = &expect! {
     kvm_page_format {}
     kvm { arch, srcu, mmu_invalidate_in_progress, online_vcpus }
     kvm_memory_slot { base_gfn, npages, userspace_addr, flags }
-    kvm_arch { disabled_quirks, mmu_valid_gen }
+    kvm_arch { disabled_quirks, mmu_valid_gen, vm_type }
     kvm_mmu_page { tdp_mmu_page, unsync, role, gfn, spt, shadowed_translation }
     kvm_page_fault { addr, prefetch, present, rsvd, is_private, goal_level, gfn, slot }
     page { flags }

@@ -93,18 +93,23 @@ pub(crate) fn with<R>(
 ) -> Option<R> {
     let state = find(vcpu.key())?;
     // SAFETY: `vcpu` proves that this is the vCPU's thread with its mutex held, and `f` cannot get
-    // here again for the same vCPU: it calls nothing of KVM.
+    // here again for the same vCPU: of KVM it calls only functions that end in no handler which looks at the state
+    // (kvm_tdp_page_fault() does in one, which turns a prefetch away before).
     Some(f(unsafe { &mut *state.local.get() }, &state.counters))
 }
 
 /// Makes the state of `vcpu` if it has none. `false` if there is no room or no memory: stock code
-/// serves the vCPU until there is.
+/// serves the vCPU until there is. A TDX guest's never gets one.
 ///
 /// May sleep, which the section of the calling handler allows.
 pub(crate) fn ensure(vcpu: Vcpu, _section: &InFlight) -> bool {
     let key = vcpu.key();
     if find(key).is_some() {
         return true;
+    }
+    // Freed without nested_vmx_free_vcpu(), it would leave its state to the next vCPU at its address.
+    if !vcpu.is_vmx() {
+        return false;
     }
     let Ok(state) = KVBox::<VcpuState>::new_uninit(GFP_KERNEL_ACCOUNT | __GFP_NOWARN) else {
         return false;

@@ -62,6 +62,13 @@ impl Vcpu {
         self.0 as usize
     }
 
+    /// Whether this is a `struct vcpu_vmx`: TDX guests have another one, and pass some of KVM's hooked functions, too.
+    pub(crate) fn is_vmx(self) -> bool {
+        let kvm = read!(self, vcpu.kvm);
+        // SAFETY: A vCPU's VM outlives it; the type is set when it is made.
+        u32::from(unsafe { (*kvm).arch.vm_type }) != bindings::MTK_TDX_VM
+    }
+
     /// `vmx->nested.current_vmptr`: the guest-physical address of the current vmcs12, all ones for
     /// none.
     #[inline(always)]

@@ -55,8 +55,8 @@ impl Memory {
 /// Handler of kvm_init_mmu().
 #[no_mangle]
 extern "C" fn mtk_on_init_mmu(raw: *mut bindings::kvm_vcpu, cont: Continuation) -> Verdict {
-    // SAFETY: The hooked function's own argument. A vCPU of another kind (TDX) never runs an L2, so it never has
-    // a state, and nothing is read that is not in every `struct kvm_vcpu`.
+    // SAFETY: The hooked function's own argument. A vCPU of another kind (TDX) never gets
+    // a state, and until then nothing is read that is not in every `struct kvm_vcpu`.
     let vcpu = unsafe { Vcpu::from_hook(raw) };
     let mode = mode(HOOK);
     if mode == Mode::On {
