@@ -2,8 +2,9 @@
 //! The port I/O devices of a machine: COM1, the reset lines, the control device.
 
 use kvm_ioctls::VmFd;
+use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
-use vm_superio::serial::NoEvents;
+use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -11,6 +12,7 @@ use crate::console::{Collected, Lines};
 use crate::control as ctl;
 use crate::machine::Exit;
 use crate::memory::Memory;
+use crate::{Error, Result};
 
 /// COM1's first port.
 const COM1: u16 = 0x3f8;
@@ -48,6 +50,20 @@ pub trait Host: Send {
     fn started(&mut self) {}
     /// The init of a Linux guest runs.
     fn up(&mut self) {}
+    /// What the host needs to go on with this machine in another process.
+    fn save(&mut self) -> serde_json::Value {
+        serde_json::Value::Null
+    }
+}
+
+/// What the devices hold, in a file.
+#[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct BusState {
+    /// COM1's registers, in the order of `SerialState`.
+    serial: [u8; 9],
+    typed: Vec<u8>,
+    serial_line: Vec<u8>,
+    text_line: Vec<u8>,
 }
 
 /// Raises COM1's interrupt through an irqfd.
@@ -85,6 +101,8 @@ pub(crate) struct Bus<'a> {
     sums: Vec<u64>,
     /// What a comparison with the log of writes found.
     compared: u32,
+    /// KVM keeps a log of writes.
+    logging: bool,
 }
 
 impl<'a> Bus<'a> {
@@ -105,7 +123,58 @@ impl<'a> Bus<'a> {
             vm,
             sums: Vec::new(),
             compared: 0,
+            logging: false,
         }
+    }
+
+    /// What the devices hold, and what the host needs.
+    pub(crate) fn save(&mut self) -> Result<(BusState, serde_json::Value)> {
+        if self.logging {
+            return Err(Error::Stack(
+                "the guest has its writes logged just now; it runs on: try again later".into(),
+            ));
+        }
+        let s = self.serial.state();
+        let state = BusState {
+            serial: [
+                s.baud_divisor_low,
+                s.baud_divisor_high,
+                s.interrupt_enable,
+                s.interrupt_identification,
+                s.line_control,
+                s.line_status,
+                s.modem_control,
+                s.modem_status,
+                s.scratch,
+            ],
+            typed: s.in_buffer,
+            serial_line: self.serial_lines.rest().to_vec(),
+            text_line: self.text.rest().to_vec(),
+        };
+        Ok((state, self.host.save()))
+    }
+
+    /// Makes the devices what they were; `irq` is COM1's interrupt.
+    pub(crate) fn restore(&mut self, state: &BusState, irq: Irq) -> Result<()> {
+        let [low, high, enable, ident, line_control, line_status, modem_control, modem_status, scratch] =
+            state.serial;
+        let serial = SerialState {
+            baud_divisor_low: low,
+            baud_divisor_high: high,
+            interrupt_enable: enable,
+            interrupt_identification: ident,
+            line_control,
+            line_status,
+            modem_control,
+            modem_status,
+            scratch,
+            in_buffer: state.typed.clone(),
+        };
+        self.serial = Serial::from_state(&serial, irq, NoEvents, Collected::default())
+            .map_err(|_| Error::Stack("the serial port in the file is no serial port".into()))?;
+        self.serial_lines.push(&state.serial_line, |_| {});
+        self.text.push(&state.text_line, |_| {});
+        Ok(())
     }
 
     /// Tells the host that the guest begins.
@@ -197,9 +266,13 @@ impl<'a> Bus<'a> {
             }
             (ctl::touch::LOG, Some(vm)) => {
                 self.sums = self.mem.touch_sums(pages);
-                self.mem.log_touch(vm, true)
+                self.logging = self.mem.log_touch(vm, true);
+                self.logging
             }
-            (ctl::touch::UNLOG, Some(vm)) => self.mem.log_touch(vm, false),
+            (ctl::touch::UNLOG, Some(vm)) => {
+                self.logging = false;
+                self.mem.log_touch(vm, false)
+            }
             (ctl::touch::COMPARE, Some(vm)) => {
                 let Some(log) = self.mem.touch_log(vm) else {
                     return false;
@@ -329,6 +402,26 @@ mod tests {
             b.input(0x1234, &mut w);
             assert_eq!(w, [0xff; 4]);
         });
+    }
+
+    #[test]
+    fn what_is_saved_is_what_is_restored() {
+        let mut saved = BusState::default();
+        with_bus(false, |b| {
+            b.out(COM1 + 7, &[0x5a]);
+            b.out(COM1, b"half");
+            b.out(ctl::CONSOLE, b"a line");
+            saved = b.save().unwrap().0;
+        });
+        let r = with_bus(false, |b| {
+            b.restore(&saved, Irq(EventFd::new(0).unwrap())).unwrap();
+            let mut scratch = [0];
+            b.input(COM1 + 7, &mut scratch);
+            assert_eq!(scratch, [0x5a]);
+            assert_eq!(b.save().unwrap().0, saved);
+        });
+        let want = [(Source::Control, "a line"), (Source::Serial, "half")];
+        assert_eq!(r.lines, want.map(|(s, l)| (s, l.to_owned())));
     }
 
     #[test]

@@ -94,7 +94,7 @@ pub struct Memory {
     // Field order is drop order: views first, the mappings under them last.
     guest: GuestMemoryMmap,
     touch: Option<Mapping>,
-    _main: Vec<Mapping>,
+    main: Vec<Mapping>,
 }
 
 impl Memory {
@@ -126,11 +126,7 @@ impl Memory {
         };
         let guest = GuestMemoryMmap::from_regions(regions)
             .map_err(|e| Error::Memory(format!("regions: {e}")))?;
-        Ok(Memory {
-            guest,
-            touch,
-            _main: main,
-        })
+        Ok(Memory { guest, touch, main })
     }
 
     /// Main memory, for loading things into it.
@@ -206,6 +202,20 @@ impl Memory {
                 })
             })
             .collect()
+    }
+
+    /// Start and length of every mapping, main memory first.
+    pub(crate) fn regions(&self) -> Vec<(*mut u8, usize)> {
+        self.main
+            .iter()
+            .chain(&self.touch)
+            .map(|m| (m.start, m.len))
+            .collect()
+    }
+
+    /// MiB of main memory.
+    pub(crate) fn mib(&self) -> u64 {
+        self.guest.iter().map(|r| r.len()).sum::<u64>() >> 20
     }
 
     /// Number of the touch region's memory slot: the one behind those of main memory.
