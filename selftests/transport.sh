@@ -17,7 +17,7 @@ saved() { matryoshka save "$1" >>"$TMP/said" 2>&1; }
 
 # wait_lines FILE N: until FILE has N lines, or the stack has ended.
 wait_lines() {
-	while [ "$(wc -l <"$1")" -lt "$2" ] && kill -0 "$STACK" 2>/dev/null; do sleep 0.01; done
+	while [ "$(wc -l <"$1")" -lt "$2" ] && kill -0 "$STACK" 2>/dev/null; do sleep 0.2; done
 }
 
 # other_host N: the module goes or comes, as on another host.
@@ -36,7 +36,7 @@ travel() {
 	: >"$TMP/said"
 	matryoshka nest --depth "$1" --plain --timeout 900 --args "tests=$(tests "$1")" >>"$TMP/log" 2>>"$TMP/said" &
 	STACK=$!
-	_n=0 done=0
+	_n=0
 	_all=$(wc -l <"$TMP/still-$1")
 	while [ "$_n" -lt "$moves" ]; do
 		wait_lines "$TMP/log" $(((_n + 1) * _all / (moves + 2)))
@@ -46,9 +46,9 @@ travel() {
 		other_host "$_n" || return 1
 		matryoshka restore --timeout 900 "$TMP/stack" >>"$TMP/log" 2>>"$TMP/said" &
 		STACK=$!
-		_n=$((_n + 1)) done=$((done + 1))
+		_n=$((_n + 1))
 		# It is there once it can be asked.
-		while ! grep -q "@matryoshka-$STACK\$" /proc/net/unix && kill -0 "$STACK" 2>/dev/null; do sleep 0.01; done
+		while ! grep -q "@matryoshka-$STACK\$" /proc/net/unix && kill -0 "$STACK" 2>/dev/null; do sleep 0.2; done
 	done
 	wait "$STACK" || { echo "the last one did not end well"; cat "$TMP/said"; return 1; }
 }
