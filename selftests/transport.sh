@@ -17,7 +17,7 @@ saved() { matryoshka save "$1" >>"$TMP/said" 2>&1; }
 
 # wait_lines FILE N: until FILE has N lines, or the stack has ended.
 wait_lines() {
-	while [ "$(wc -l <"$1")" -lt "$2" ] && kill -0 "$STACK" 2>/dev/null; do sleep 0.2; done
+	while [ "$(wc -l <"$1")" -lt "$2" ] && kill -0 "$STACK" 2>/dev/null; do sleep 0.05; done
 }
 
 # other_host N: the module goes or comes, as on another host.
@@ -48,7 +48,7 @@ travel() {
 		STACK=$!
 		_n=$((_n + 1))
 		# It is there once it can be asked.
-		while ! grep -q "@matryoshka-$STACK\$" /proc/net/unix && kill -0 "$STACK" 2>/dev/null; do sleep 0.2; done
+		while ! grep -q "@matryoshka-$STACK\$" /proc/net/unix && kill -0 "$STACK" 2>/dev/null; do sleep 0.05; done
 	done
 	wait "$STACK" || { echo "the last one did not end well"; cat "$TMP/said"; return 1; }
 }
