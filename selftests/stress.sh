@@ -11,7 +11,7 @@ rounds=${MATRYOSHKA_STRESS_ROUNDS:-$(setting stress_rounds)}
 come_and_go() {
 	load paths=$((1 + $1 % 2)) || return 1
 	# Some calls go to the stock code, others do not, at random.
-	echo "2 $1" >$SYS/detour || return 1
+	echo "2 $((${MATRYOSHKA_SEED:-0} + $1))" >$SYS/detour || return 1
 	sleep 0.1
 	_modes='on check'
 	[ $(($1 % 4)) -ne 3 ] || _modes='on off check'
