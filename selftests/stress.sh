@@ -6,25 +6,41 @@
 
 rounds=${MATRYOSHKA_STRESS_ROUNDS:-$(setting stress_rounds)}
 
-# come_and_go N: one life of the module. Each time that hooks go costs grace periods, which a busy guest makes long, so in a
-# long run modes are changed only now and then, and hooks go a second time in some of those lives.
+# come_and_go N: one life of the module. Each hook that comes or goes has ftrace walk all functions of the kernel, and those
+# that go cost grace periods, which a busy guest makes long. So in a long run most lives have one path on, each in its turn;
+# in every eighth all are on and modes change.
 come_and_go() {
-	load paths=$((1 + $1 % 2)) || return 1
+	if [ "$rounds" -le 8 ] || [ $(($1 % 8)) -eq 7 ]; then
+		load paths=$(($1 % 3)) && whole_life "$1"
+	else
+		load && short_life "$1"
+	fi || return 1
+	# The counters are read while they are written.
+	cat $SYS/paths/*/* $SYS/vcpus >/dev/null
+	differing=$((differing + $(mismatches)))
+	taken=$((taken + $(cat $SYS/paths/*/taken | awk '{ sum += $1 } END { print sum + 0 }')))
+	unload
+}
+
+whole_life() {
 	# Some calls go to the stock code, others do not, at random.
 	echo "2 $((${MATRYOSHKA_SEED:-0} + $1))" >$SYS/detour || return 1
-	sleep 0.1
+	sleep 0.05
 	_modes='on check'
 	[ $(($1 % 4)) -ne 3 ] || _modes='on off check'
-	[ "$rounds" -le 8 ] || [ $(($1 % 8)) -eq 7 ] || [ $(($1 % 16)) -eq 0 ] || _modes=
 	for _mode in $_modes; do
 		set_mode "$_mode" || return 1
 		sleep 0.05
 	done
-	# The counters are read while they are written.
-	cat $SYS/paths/*/* $SYS/vcpus >/dev/null
-	differing=$((differing + $(mismatches)))
-	taken=$((taken + $(counter taken)))
-	unload
+}
+
+# short_life N: vmptrld does nothing without fields.
+short_life() {
+	set -- "$1" $SYS/paths/*
+	shift $((1 + $1 % ($# - 1)))
+	grep -q ^unavailable "$1/state" || echo on >"$1/mode" || return 1
+	[ "${1##*/}" != vmptrld ] || echo on >$SYS/paths/fields/mode || return 1
+	sleep 0.1
 }
 
 many() {

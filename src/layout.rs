@@ -165,6 +165,7 @@ pub(crate) fn check(fault: usize) -> Result<Prototypes, Mismatch> {
         let name = want.name.as_bytes();
         let found = (intel.structure(name))
             .or_else(|| kvm.structure(name))
+            .or_else(|| kvm.kernel_structure(name))
             .ok_or(Mismatch::Missing(want.name))?;
         let size = if fault == number {
             want.size + 8
@@ -182,23 +183,36 @@ pub(crate) fn check(fault: usize) -> Result<Prototypes, Mismatch> {
         }
     }
 
-    let fits = |f: Function| {
-        let btf = if f.module().to_bytes() == b"kvm" {
-            &kvm
-        } else {
-            &intel
-        };
-        btf.function_args(f.symbol().to_bytes()) == Some(f.nargs())
-    };
     let mut prototypes = Prototypes {
         hooks: [false; hook::COUNT],
         calls: [false; hook::CALLS],
     };
-    for (ok, id) in prototypes.hooks.iter_mut().zip(HookId::all()) {
-        *ok = fits(id.function());
+    let mut functions: [Option<Function>; hook::COUNT + hook::CALLS] = [None; hook::COUNT + hook::CALLS];
+    let all = HookId::all().map(HookId::function);
+    let all = Iterator::chain(all, CallId::all().map(CallId::function));
+    for (slot, function) in functions.iter_mut().zip(all) {
+        *slot = Some(function);
+    }
+    for (module, btf) in [(c"kvm", &kvm), (c"kvm_intel", &intel)] {
+        let mut args = [None; hook::COUNT + hook::CALLS];
+        let name = |number: usize| match functions.get(number) {
+            Some(Some(f)) if f.module() == module => f.symbol().to_bytes(),
+            _ => b"",
+        };
+        btf.function_args(name, &mut args);
+        let fits = |number: usize| match (functions.get(number), args.get(number)) {
+            (Some(Some(f)), Some(Some(args))) => f.module() == module && f.nargs() == *args,
+            _ => false,
+        };
+        for (number, ok) in prototypes.hooks.iter_mut().enumerate() {
+            *ok |= fits(number);
+        }
+        for (number, ok) in prototypes.calls.iter_mut().enumerate() {
+            *ok |= fits(hook::COUNT + number);
+        }
     }
     for (ok, id) in prototypes.calls.iter_mut().zip(CallId::all()) {
-        *ok = fits(id.function()) && id.resolve();
+        *ok = *ok && id.resolve();
     }
     Ok(prototypes)
 }

@@ -9,7 +9,7 @@ use kernel::{prelude::*, str::CString};
 /// of that name that can be probed.
 ///
 /// A kprobe that is registered and dropped at once gives the address; `kallsyms_lookup_name` is
-/// not exported. The probe lives for a moment and its handler is never set.
+/// not exported. The probe lives for a moment, disabled, and its handler is never set.
 pub(super) fn address(function: Function) -> Option<usize> {
     let name = CString::try_from_fmt(fmt!(
         "{}:{}",
@@ -19,6 +19,8 @@ pub(super) fn address(function: Function) -> Option<usize> {
     .ok()?;
     let probe = bindings::kprobe {
         symbol_name: name.as_char_ptr(),
+        // Never armed: that would have ftrace walk all functions of the kernel, twice.
+        flags: bindings::KPROBE_FLAG_DISABLED,
         ..Default::default()
     };
     let mut probe = KBox::new(probe, GFP_KERNEL).ok()?;

@@ -145,20 +145,12 @@ impl<'a> Iterator for Records<'a> {
 pub struct Btf<'a> {
     base: Blob<'a>,
     split: Blob<'a>,
-    /// Number of the first type of `split`.
-    first_split: u32,
 }
 
 impl<'a> Btf<'a> {
     /// Puts a module's BTF on the kernel's.
     pub fn new(base: Blob<'a>, split: Blob<'a>) -> Self {
-        let first_split = base.records().count() as u32;
-        // Type 0 is `void` and has no record.
-        Self {
-            base,
-            split,
-            first_split: first_split.saturating_add(1),
-        }
+        Self { base, split }
     }
 
     fn name_is(&self, offset: u32, name: &[u8]) -> bool {
@@ -171,35 +163,51 @@ impl<'a> Btf<'a> {
         tail.get(..name.len()) == Some(name) && tail.get(name.len()) == Some(&0)
     }
 
-    fn find(&self, kind: u32, name: &[u8]) -> Option<Record<'a>> {
-        let wanted = |r: &Record<'a>| r.kind() == kind && self.name_is(r.name, name);
-        self.split
-            .records()
-            .find(wanted)
-            .or_else(|| self.base.records().find(wanted))
+    fn find(&self, records: Records<'a>, name: &[u8]) -> Option<Structure<'_, 'a>> {
+        let mut records = records;
+        let record = records.find(|r| r.kind() == KIND_STRUCT && self.name_is(r.name, name))?;
+        Some(Structure { btf: self, record })
     }
 
-    fn by_id(&self, id: u32) -> Option<Record<'a>> {
-        match id.checked_sub(self.first_split) {
-            Some(n) => self.split.records().nth(n as usize),
-            None => self.base.records().nth(id.checked_sub(1)? as usize),
-        }
-    }
-
-    /// The structure `name`; `None` when neither the module nor the kernel has one.
+    /// The structure `name` of the module itself; `None` when it has none.
     pub fn structure(&self, name: &[u8]) -> Option<Structure<'_, 'a>> {
-        Some(Structure {
-            btf: self,
-            record: self.find(KIND_STRUCT, name)?,
-        })
+        self.find(self.split.records(), name)
     }
 
-    /// How many arguments the function `name` takes. `None` also when the compiler changed its
-    /// arguments: pahole leaves such functions out.
-    pub fn function_args(&self, name: &[u8]) -> Option<usize> {
-        let func = self.find(KIND_FUNC, name)?;
-        let proto = self.by_id(func.size_or_type)?;
-        (proto.kind() == KIND_FUNC_PROTO).then(|| proto.vlen())
+    /// The structure `name` of the kernel, which has many more.
+    pub fn kernel_structure(&self, name: &[u8]) -> Option<Structure<'_, 'a>> {
+        self.find(self.base.records(), name)
+    }
+
+    /// How many arguments each of these functions of the module takes: `name` gives the name of the function that a
+    /// number stands for, of which there are as many as in `args`. `None` for one that is not there, and for one whose
+    /// arguments the compiler has changed: pahole leaves such functions out.
+    ///
+    /// One function at a time would mean a pass over all types for each.
+    pub fn function_args<'n>(&self, name: impl Fn(usize) -> &'n [u8], args: &mut [Option<usize>]) {
+        /// More than any number of arguments: `args` has the number of a type for now.
+        const TYPE: usize = 1 << 32;
+        args.fill(None);
+        for record in self.split.records().filter(|r| r.kind() == KIND_FUNC) {
+            for (number, slot) in args.iter_mut().enumerate() {
+                if slot.is_none() && self.name_is(record.name, name(number)) {
+                    *slot = Some(TYPE + record.size_or_type as usize);
+                }
+            }
+        }
+        // Prototypes may be shared with the kernel, whose types come first.
+        let types = self.base.records().chain(self.split.records());
+        for (id, record) in (1..).zip(types) {
+            if record.kind() != KIND_FUNC_PROTO {
+                continue;
+            }
+            for slot in args.iter_mut().filter(|slot| **slot == Some(TYPE + id)) {
+                *slot = Some(record.vlen());
+            }
+        }
+        for slot in args {
+            *slot = slot.filter(|&n| n < TYPE);
+        }
     }
 }
 
@@ -291,6 +299,12 @@ mod tests {
         (base, split)
     }
 
+    fn args(btf: &Btf, name: &[u8]) -> Option<usize> {
+        let mut found = [Some(99)];
+        btf.function_args(|_| name, &mut found);
+        found[0]
+    }
+
     #[test]
     fn reads_split_types_over_the_base() {
         let (base, split) = sample();
@@ -300,9 +314,13 @@ mod tests {
         assert_eq!(pair.offset_of(b"a"), Some(0));
         assert_eq!(pair.offset_of(b"b"), Some(4));
         assert_eq!(pair.offset_of(b"c"), None);
-        assert_eq!(btf.function_args(b"f"), Some(2));
-        assert_eq!(btf.function_args(b"g"), None);
+        assert_eq!(args(&btf, b"f"), Some(2));
+        assert_eq!(args(&btf, b"g"), None);
         assert!(btf.structure(b"pai").is_none());
+        assert!(btf.kernel_structure(b"pair").is_none());
+        let mut both = [None; 2];
+        btf.function_args(|n| [&b"f"[..], b"f"][n], &mut both);
+        assert_eq!(both, [Some(2); 2]);
     }
 
     /// A blob with the header of 7.3, whose layout section says that a record of kind 20 is followed
@@ -357,11 +375,11 @@ mod tests {
         // The split strings start at offset 7.
         assert!(btf.structure(b"s").is_none());
         let alone = Btf::new(Blob::new(&known).unwrap(), base);
-        assert_eq!(alone.structure(b"s").map(|s| s.size()), Some(16));
+        assert_eq!(alone.kernel_structure(b"s").map(|s| s.size()), Some(16));
 
         let unknown = newer(&types, &layout[..80]);
         let stopped = Btf::new(Blob::new(&unknown).unwrap(), base);
-        assert!(stopped.structure(b"s").is_none());
+        assert!(stopped.kernel_structure(b"s").is_none());
     }
 
     #[test]
@@ -373,7 +391,7 @@ mod tests {
         let blob_bytes = blob(&types, b"\0s\0");
         let empty = blob(&[], b"");
         let btf = Btf::new(Blob::new(&blob_bytes).unwrap(), Blob::new(&empty).unwrap());
-        assert_eq!(btf.structure(b"s").map(|s| s.size()), Some(24));
+        assert_eq!(btf.kernel_structure(b"s").map(|s| s.size()), Some(24));
     }
 
     #[test]
@@ -385,7 +403,7 @@ mod tests {
             };
             let btf = Btf::new(Blob::new(&base).unwrap(), short);
             let _ = btf.structure(b"pair").map(|s| s.offset_of(b"b"));
-            let _ = btf.function_args(b"f");
+            let _ = args(&btf, b"f");
         }
     }
 }

@@ -150,8 +150,14 @@ fn named(mut list: Vec<Type>, mark: &str) -> Vec<Type> {
     list
 }
 
-/// Asks for everything that `types` have and for what they do not.
-fn compare(btf: &Btf<'_>, types: &[Type]) -> Result<(), TestCaseError> {
+fn args_of(btf: &Btf<'_>, name: &[u8]) -> Option<usize> {
+    let mut found = [Some(99)];
+    btf.function_args(|_| name, &mut found);
+    found[0]
+}
+
+/// Asks for everything that `types` have, the module's or the `kernel`'s, and for what they do not.
+fn compare(btf: &Btf<'_>, types: &[Type], kernel: bool) -> Result<(), TestCaseError> {
     for ty in types {
         match ty {
             Type::Struct {
@@ -159,7 +165,17 @@ fn compare(btf: &Btf<'_>, types: &[Type]) -> Result<(), TestCaseError> {
                 size,
                 members,
             } => {
-                let found = btf.structure(name.as_bytes());
+                let (found, other) = match kernel {
+                    false => (
+                        btf.structure(name.as_bytes()),
+                        btf.kernel_structure(name.as_bytes()),
+                    ),
+                    true => (
+                        btf.kernel_structure(name.as_bytes()),
+                        btf.structure(name.as_bytes()),
+                    ),
+                };
+                prop_assert!(other.is_none());
                 prop_assert!(found.is_some(), "{} is lost", name);
                 let found = found.unwrap();
                 prop_assert_eq!(found.size(), *size as usize);
@@ -168,10 +184,10 @@ fn compare(btf: &Btf<'_>, types: &[Type]) -> Result<(), TestCaseError> {
                     prop_assert_eq!(found.offset_of(member.as_bytes()), expected);
                 }
                 prop_assert_eq!(found.offset_of(b"m"), None);
-                prop_assert_eq!(btf.function_args(name.as_bytes()), None);
+                prop_assert_eq!(args_of(btf, name.as_bytes()), None);
             }
             Type::Func { name, args } => {
-                prop_assert_eq!(btf.function_args(name.as_bytes()), Some(*args));
+                prop_assert_eq!(args_of(btf, name.as_bytes()), (!kernel).then_some(*args));
                 prop_assert!(btf.structure(name.as_bytes()).is_none());
             }
             Type::Filler { .. } => {}
@@ -185,10 +201,13 @@ fn poke(base: &[u8], split: &[u8]) {
     if let (Some(base), Some(split)) = (Blob::new(base), Blob::new(split)) {
         let btf = Btf::new(base, split);
         for name in [&b""[..], b"b0", b"s0", b"s1", b"s10", b"\xff\0"] {
-            if let Some(s) = btf.structure(name) {
+            for s in [btf.structure(name), btf.kernel_structure(name)]
+                .into_iter()
+                .flatten()
+            {
                 let _ = (s.size(), s.offset_of(b"m0"), s.offset_of(b""));
             }
-            let _ = btf.function_args(name);
+            let _ = args_of(&btf, name);
         }
     }
 }
@@ -202,8 +221,8 @@ proptest! {
         let (base, split) = (named(base, "b"), named(split, "s"));
         let (low, high) = blobs(&base, &split);
         let btf = Btf::new(Blob::new(&low).unwrap(), Blob::new(&high).unwrap());
-        compare(&btf, &base)?;
-        compare(&btf, &split)?;
+        compare(&btf, &base, true)?;
+        compare(&btf, &split, false)?;
     }
 
     #[test]

@@ -18,9 +18,9 @@ fuzz_target!(|data: &[u8]| {
     };
     let btf = Btf::new(base, split);
     for name in [&b"vcpu_vmx"[..], b"kvm", b"nested_vmx_check_controls", b""] {
-        if let Some(s) = btf.structure(name) {
+        for s in [btf.structure(name), btf.kernel_structure(name)].into_iter().flatten() {
             let _ = (s.size(), s.offset_of(b"vcpu"), s.offset_of(b""));
         }
-        let _ = btf.function_args(name);
+        btf.function_args(|_| name, &mut [None; 3]);
     }
 });
