@@ -27,7 +27,7 @@ const CHUNK: usize = 64;
 /// Pages the host does not have, after which a fill gives up.
 const PATIENCE: usize = 4;
 
-const RIGHTS: Rights = Rights {
+pub(super) const RIGHTS: Rights = Rights {
     read: bindings::MTK_ACC_READ as u64,
     write: bindings::MTK_ACC_WRITE as u64,
     exec: bindings::MTK_ACC_EXEC as u64,
