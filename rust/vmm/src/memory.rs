@@ -178,6 +178,21 @@ impl Memory {
         unsafe { vm.set_user_memory_region(region) }.is_ok()
     }
 
+    /// Puts the touch region's memory slot to a guest-physical address, with these flags; `None` takes it away.
+    pub(crate) fn slot_touch(&self, vm: &VmFd, to: Option<(u64, u32)>) -> bool {
+        let Some(m) = &self.touch else { return false };
+        let (guest_phys_addr, flags) = to.unwrap_or((TOUCH_BASE, 0));
+        let region = kvm_userspace_memory_region {
+            slot: self.touch_slot(),
+            flags,
+            guest_phys_addr,
+            memory_size: if to.is_some() { m.len as u64 } else { 0 },
+            userspace_addr: m.start as u64,
+        };
+        // SAFETY: the slot as `register` made it, elsewhere, with other flags, or without memory.
+        unsafe { vm.set_user_memory_region(region) }.is_ok()
+    }
+
     /// The log of the touch region since the last time: a bit for each page.
     pub(crate) fn touch_log(&self, vm: &VmFd) -> Option<Vec<u64>> {
         let m = self.touch.as_ref()?;
