@@ -111,6 +111,14 @@ pub struct BenchArgs {
     #[arg(long, requires = "test")]
     pub roam: bool,
 
+    /// With --test: make, move and delete a memory slot beside L1's memory all the time, and fork
+    #[arg(long, requires = "test", conflicts_with = "shuffle")]
+    pub churn: bool,
+
+    /// With --test: hand out the pages that the tests are about through userfaultfd (--depth 1)
+    #[arg(long, requires = "test")]
+    pub userfaultfd: bool,
+
     /// Do this operation once between the emulator's profile marks, at one depth and in one
     /// configuration (see scripts/profile)
     #[arg(long, value_name = "OP", value_parser = parse_op)]
@@ -190,6 +198,8 @@ impl BenchArgs {
             limit: self.timeout.map(Duration::from_secs),
             shuffle: self.shuffle,
             roam: self.roam,
+            churn: self.churn,
+            missing: self.userfaultfd,
             ..Local::default()
         }
     }

@@ -129,6 +129,12 @@ pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
     if args.roam {
         println!("moved {} times", outcome.moves);
     }
+    if args.churn {
+        println!("churned {} times", outcome.churns);
+    }
+    if args.userfaultfd {
+        println!("handed out {} pages", outcome.given);
+    }
     for error in &probe.errors {
         eprintln!("matryoshka: L{level}: {error}");
     }

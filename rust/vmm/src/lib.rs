@@ -24,6 +24,7 @@ pub mod error;
 pub mod files;
 pub mod machine;
 pub mod memory;
+mod missing;
 pub mod module;
 pub mod mptable;
 pub mod parent;

@@ -49,6 +49,11 @@ pub struct Config {
     pub all_begin: bool,
     /// Move the vCPUs' threads from one processor of the host to the other all the time.
     pub roam: bool,
+    /// Make, move and delete a memory slot that the guest does not use all the time, and have the host look for its
+    /// memory anew (fork).
+    pub churn: bool,
+    /// Hand out the pages of the touch region through userfaultfd.
+    pub missing: bool,
 }
 
 impl Default for Config {
@@ -62,6 +67,8 @@ impl Default for Config {
             shuffle: None,
             all_begin: false,
             roam: false,
+            churn: false,
+            missing: false,
         }
     }
 }
@@ -119,6 +126,10 @@ pub struct Report {
     pub shuffles: shuffle::Counts,
     /// How often a vCPU was moved to another processor.
     pub moves: u64,
+    /// How often the spare memory slot changed.
+    pub churns: u64,
+    /// Pages that were handed out through userfaultfd.
+    pub given: u64,
 }
 
 /// A machine ready to run.
@@ -204,6 +215,11 @@ impl Machine {
         let tids: Vec<AtomicI32> = self.vcpus.iter().map(|_| AtomicI32::new(0)).collect();
         let work = Work::default();
         let moves = AtomicU64::new(0);
+        let churns = AtomicU64::new(0);
+        let missing = match self.config.missing {
+            true => self.mem.missing()?,
+            false => None,
+        };
         let (tx, rx) = mpsc::channel();
 
         bus.lock().unwrap_or_else(PoisonError::into_inner).started();
@@ -256,6 +272,21 @@ impl Machine {
                         }
                     }
                 });
+            }
+            if let (true, Some(vm)) = (self.config.churn, vm) {
+                let (stop, churns, mem) = (&stop, &churns, &self.mem);
+                s.spawn(move || {
+                    let mut numbers = shuffle::Numbers::new(2);
+                    while !stop.load(Ordering::Acquire) {
+                        std::thread::sleep(Duration::from_micros(numbers.around(work::MOVE_US)));
+                        let done = mem.churn(vm, churns.load(Ordering::Relaxed));
+                        churns.fetch_add(done.into(), Ordering::Relaxed);
+                    }
+                });
+            }
+            if let Some(missing) = &missing {
+                let stop = &stop;
+                s.spawn(move || missing.serve(stop));
             }
             // There is one vCPU if there is a shuffler.
             let mut shuffler = shuffler.as_mut();
@@ -336,6 +367,8 @@ impl Machine {
             stats: totals,
             shuffles,
             moves: moves.into_inner(),
+            churns: churns.into_inner(),
+            given: missing.map_or(0, |missing| missing.given.into_inner()),
         })
     }
 }

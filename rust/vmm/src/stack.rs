@@ -180,6 +180,10 @@ pub struct Outcome {
     pub shuffles: shuffle::Counts,
     /// How often a vCPU of it was moved to another processor.
     pub moves: u64,
+    /// How often the spare memory slot of this level's machine changed.
+    pub churns: u64,
+    /// Pages that this level handed out through userfaultfd.
+    pub given: u64,
 }
 
 /// Options that are this level's alone.
@@ -193,6 +197,10 @@ pub struct Local {
     pub shuffle: Option<u64>,
     /// Move this level's vCPUs across its processors all the time.
     pub roam: bool,
+    /// Change memory slots and the host's page tables beside the guest all the time.
+    pub churn: bool,
+    /// Hand out the pages of the touch region through userfaultfd.
+    pub missing: bool,
 }
 
 /// Runs the machine of `spec.level`+1, with everything inside it, to its end.
@@ -207,6 +215,8 @@ pub fn run(spec: &Spec, files: &Files, local: Local, handler: &mut dyn Handler) 
         cpus: spec.cpus_inside(),
         all_begin: !spec.runs_linux(),
         roam: local.roam,
+        churn: local.churn,
+        missing: local.missing && !spec.runs_linux(),
         pit: spec.runs_linux(),
         terminal: if spec.runs_linux() {
             local.terminal
@@ -253,6 +263,8 @@ pub fn run(spec: &Spec, files: &Files, local: Local, handler: &mut dyn Handler) 
             stats: report.stats,
             shuffles: report.shuffles,
             moves: report.moves,
+            churns: report.churns,
+            given: report.given,
         }),
     }
 }

@@ -81,6 +81,21 @@ pub(crate) fn move_to(thread: libc::pid_t, cpu: usize) -> bool {
     }
 }
 
+/// Makes a child that ends at once. False if there can be none.
+pub(crate) fn fork_once() -> bool {
+    // SAFETY: the child does nothing but end, which is allowed after a fork of a process with threads.
+    unsafe {
+        match libc::fork() {
+            -1 => false,
+            0 => libc::_exit(0),
+            child => {
+                let mut status = 0;
+                libc::waitpid(child, &mut status, 0) == child
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
