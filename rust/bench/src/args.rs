@@ -107,6 +107,10 @@ pub struct BenchArgs {
     #[arg(long, requires = "test")]
     pub pair: bool,
 
+    /// With --test: give the payload four processors, for the group `ept_crowd`
+    #[arg(long, requires = "test", conflicts_with_all = ["pair", "shuffle"])]
+    pub crowd: bool,
+
     /// With --test: move L1's vCPUs across this host's processors all the time
     #[arg(long, requires = "test")]
     pub roam: bool,

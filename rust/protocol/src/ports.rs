@@ -15,10 +15,11 @@ pub const DONE: u16 = 0x4D08;
 pub const TOUCH: u16 = 0x4D0C;
 /// Nothing happens, in the VMM's user space: the `pio` operation. 32-bit OUT.
 pub const NOP: u16 = 0x4D10;
-/// Work for a payload's second processor, 32-bit OUT of a word that its [`NEXT_WORK`] then gives.
+/// Work for a payload's other processors, 32-bit OUT: bits 7:0 are the word that their [`NEXT_WORK`] then gives, bits
+/// 31:8 say which processors are to have it (bit 9 the second one).
 pub const GIVE_WORK: u16 = 0x4D04;
-/// On the second processor the next word of work, which it waits for; being back here it is done with
-/// the last one. On the first one it waits for that. 32-bit IN.
+/// On any processor but the first the next word of work, which it waits for; being back here it is done with
+/// the last one. On the first one it waits until all are. 32-bit IN.
 pub const NEXT_WORK: u16 = 0x4D08;
 /// Number of 4 KiB pages in the touch region, 32-bit IN.
 pub const TOUCH_PAGES: u16 = 0x4D14;

@@ -304,11 +304,7 @@ impl Machine {
                         id.store(unsafe { libc::pthread_self() }, Ordering::Release);
                         // SAFETY: as above.
                         tid.store(unsafe { libc::gettid() }, Ordering::Release);
-                        let place = vcpu::Place {
-                            bus,
-                            work,
-                            first: number == 0,
-                        };
+                        let place = vcpu::Place { bus, work, number };
                         let exit = vcpu::run(vcpu, &place, stop, shuffle);
                         let dump = exit.is_none().then(|| dump::registers(vcpu));
                         if let Some(exit) = exit {

@@ -112,11 +112,14 @@ impl Spec {
         self.level + 1 < self.depth || !matches!(self.inner, Inner::Payload { .. })
     }
 
-    /// vCPUs of the machine this level runs. A payload has two if its arguments say `cpus=2`.
+    /// vCPUs of the machine this level runs. A payload has as many as its arguments say (`cpus=`).
     fn cpus_inside(&self) -> u8 {
         match &self.inner {
             _ if self.runs_linux() => self.cpus,
-            Inner::Payload { args } if args.split([' ', ';']).any(|word| word == "cpus=2") => 2,
+            Inner::Payload { args } => args
+                .split([' ', ';'])
+                .find_map(|word| word.strip_prefix("cpus=")?.parse().ok())
+                .unwrap_or(1),
             _ => 1,
         }
     }

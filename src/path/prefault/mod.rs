@@ -106,7 +106,7 @@ enum Reason {
     NotMapped,
     /// The host does not have the page in memory, not for writing, or its writes are logged.
     NotBacked,
-    /// Addresses are being invalidated.
+    /// Addresses are being invalidated, or another vCPU waits for the lock.
     Busy,
     /// System-management mode, another guest than the one that faulted.
     Unusual,

@@ -128,6 +128,10 @@ const GROUPS: &[Group] = &[
         run: ept::slots::run,
     },
     Group {
+        name: "ept_crowd",
+        run: ept::crowd::run,
+    },
+    Group {
         name: "ept_planted",
         run: |_| ept::planted::run(),
     },
