@@ -20,7 +20,7 @@ use core::{
 pub(crate) const CHUNK: usize = 64;
 /// Buckets that are looked into under one hold of the lock.
 const BUCKETS_AT_ONCE: usize = 512;
-const BUCKETS: usize = bindings::MTK_MMU_HASH as usize;
+const BUCKETS: usize = bindings::MTK_MMU_HASH;
 
 /// A VM.
 ///
@@ -237,7 +237,7 @@ impl Tables<'_> {
         Some(Slot {
             address: slot.userspace_addr.wrapping_add((offset as usize) << 12),
             read_only: slot.flags & bindings::KVM_MEM_READONLY != 0,
-            moving: slot.flags as usize & bindings::MTK_MEMSLOT_INVALID as usize != 0,
+            moving: slot.flags as usize & bindings::MTK_MEMSLOT_INVALID != 0,
             private: i64::from(slot.id) >= bindings::MTK_USER_MEM_SLOTS as i64,
             in_log,
         })

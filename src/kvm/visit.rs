@@ -61,7 +61,7 @@ pub(crate) unsafe fn visit(
             Some(run),
             (&raw mut visit).cast(),
             -1,
-            c"mtk_walk".as_ptr().cast(),
+            kernel::c_str!("mtk_walk").as_char_ptr(),
         )
     };
     if (task as isize) < 0 && (task as isize) >= -4095 {

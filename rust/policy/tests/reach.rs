@@ -77,7 +77,7 @@ fn flags_and_rights() {
         Target::Page(place(0x12345, 11))
     );
     assert_eq!(
-        target(entry | 1 << 8, &table(1), &RIGHTS),
+        target(entry | (1 << 8), &table(1), &RIGHTS),
         Target::Page(place(0x12345, 9))
     );
     let less = Table {
@@ -89,7 +89,7 @@ fn flags_and_rights() {
         Target::Page(place(0x12345, 1))
     );
     // Bit 10 alone is an entry with mode-based execute control only.
-    let user = 0x1234_5000 | WB | USED | 1 << 10;
+    let user = 0x1234_5000 | WB | USED | (1 << 10);
     assert_eq!(target(user, &table(1), &RIGHTS), Target::Nothing);
     let mode_based = Table {
         user_exec: true,

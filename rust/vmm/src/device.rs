@@ -275,7 +275,7 @@ impl<'a> Bus<'a> {
                 .unwrap_or(0)
                 .min(0xffff) as u32
         };
-        number("violations ") | number("entries ") << 16
+        number("violations ") | (number("entries ") << 16)
     }
 
     /// Takes the rights out of the first entry of the table in that frame, or gives those of the last one back.

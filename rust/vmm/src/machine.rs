@@ -278,7 +278,9 @@ impl Machine {
                 s.spawn(move || {
                     let mut numbers = shuffle::Numbers::new(2);
                     while !stop.load(Ordering::Acquire) {
-                        std::thread::sleep(Duration::from_micros(numbers.around(4 * work::MOVE_US)));
+                        std::thread::sleep(Duration::from_micros(
+                            numbers.around(4 * work::MOVE_US),
+                        ));
                         let done = mem.churn(vm, churns.load(Ordering::Relaxed));
                         churns.fetch_add(done.into(), Ordering::Relaxed);
                     }

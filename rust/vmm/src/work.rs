@@ -34,7 +34,7 @@ impl Work {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let mask = word >> 8;
         for (number, given) in state.given.iter_mut().enumerate() {
-            if mask >> number & 1 != 0 {
+            if (mask >> number) & 1 != 0 {
                 *given = word & 0xff;
             }
         }
@@ -124,9 +124,9 @@ mod tests {
                 assert_eq!(work.next(3, &stop), 8);
                 assert_eq!(work.next(3, &stop), 0);
             });
-            work.give(7 | 1 << 1 << 8);
+            work.give(7 | (1 << 9));
             work.next(0, &stop);
-            work.give(8 | 0b1010 << 8);
+            work.give(8 | (0b1010 << 8));
             work.next(0, &stop);
             stop.store(true, Ordering::Release);
         });
