@@ -31,6 +31,7 @@ help:
 	@echo 'In the lab (an emulated host with VMX on a stock Debian kernel; needs no VMX of this machine):'
 	@echo '  make run       stock KVM and Matryoshka side by side, as L1, L2 and L3; writes out/bench.json'
 	@echo '  make test      everything that can be tested, ending in one table'
+	@echo '  make soak TIME=8h   the tests that have chance in them, with other seeds until the time is over'
 	@echo '  make bench     the same with every operation; or choose:'
 	@echo '                   make bench DEPTHS=2 CONFIGS=stock,l0 OPS=hypercall,touch_cold'
 	@echo '  make profile   which kernel functions an operation spends its instructions in:'
@@ -56,7 +57,7 @@ help:
 
 # --- in the lab ---
 
-.PHONY: lab build run bench profile shell test check
+.PHONY: lab build run bench profile shell test soak check
 lab:
 	@$(LAB) setup $(if $(KERNEL),--kernel $(KERNEL))
 
@@ -84,6 +85,10 @@ shell: build
 
 test:
 	@scripts/test
+
+TIME ?= 30m
+soak:
+	@scripts/soak $(TIME)
 
 check: lab
 	@scripts/check

@@ -9,7 +9,7 @@
 # Exit status: 0 none failed, 1 some failed, 2 wrong usage, 4 all were skipped.
 
 here=$(cd -- "$(dirname -- "$0")" && pwd)
-all="load sysfs layout accounting kvm_reload coexist probe ept02 memory save_restore kvm_selftests stress smp pair"
+all="load sysfs layout accounting kvm_reload coexist probe ept02 memory save_restore transport kvm_selftests stress smp pair"
 
 case ${1:-} in
 -h | --help) sed -n '4,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
@@ -22,7 +22,8 @@ for name; do
 	[ -f "$here/${name%.sh}.sh" ] || { echo "run_tests.sh: no such test: $name; -l lists them" >&2; exit 2; }
 done
 
-timeout=$(sed -n 's/^timeout=//p' "$here/settings")
+# Long runs, and hosts that run slowly, need longer.
+timeout=${MATRYOSHKA_TIMEOUT:-$(sed -n 's/^timeout=//p' "$here/settings")}
 status_file=$(mktemp)
 trap 'rm -f "$status_file"' EXIT
 number=0 passed=0 failed=0 skipped=0

@@ -6,15 +6,16 @@
 
 rounds=${MATRYOSHKA_STRESS_ROUNDS:-$(setting stress_rounds)}
 
-# come_and_go N: one life of the module, with modes changed in it. Each time that hooks go costs grace periods, which a
-# busy guest makes long, so they go a second time only in every fourth round.
+# come_and_go N: one life of the module. Each time that hooks go costs grace periods, which a busy guest makes long, so in a
+# long run modes are changed only now and then, and hooks go a second time in some of those lives.
 come_and_go() {
-	load paths=$(($1 % 3)) || return 1
+	load paths=$((1 + $1 % 2)) || return 1
 	# Some calls go to the stock code, others do not, at random.
-	echo "2 $1" >$SYS/detour || return 1
-	sleep 0.05
+	echo "2 $((${MATRYOSHKA_SEED:-0} + $1))" >$SYS/detour || return 1
+	sleep 0.1
 	_modes='on check'
 	[ $(($1 % 4)) -ne 3 ] || _modes='on off check'
+	[ "$rounds" -le 8 ] || [ $(($1 % 8)) -eq 7 ] || [ $(($1 % 16)) -eq 0 ] || _modes=
 	for _mode in $_modes; do
 		set_mode "$_mode" || return 1
 		sleep 0.05

@@ -3,12 +3,17 @@
 #
 # Our own parts, built in the root file system. The compilers' output is the cache's; the checkout stays clean.
 
-# use_builds: set TOOL, PAYLOAD, MODULE, GUEST_MODULE to where the builds for $KVER and $GVER put them.
+# use_builds: set TOOL, PAYLOAD, MODULE, GUEST_MODULE to where the builds for $KVER (or the kernel that looks for mistakes) and
+# $GVER put them.
 use_builds() {
 	local target=$CACHE/target-$CHECKOUT/x86_64-unknown-linux-gnu/release
 	TOOL=$target/matryoshka
 	PAYLOAD=$target/payload
 	MODULE_DIR=$CACHE/mod-$KVER-$(key "$KVER" host "$CHECKOUT" layout-1)
+	if [ -n "${MATRYOSHKA_DEBUG:-}" ]; then
+		use_debug "$MATRYOSHKA_DEBUG"
+		MODULE_DIR=$CACHE/mod-$DVER-$(key "${DEBUG_DIR##*/}" "$CHECKOUT" layout-1)
+	fi
 	MODULE=$MODULE_DIR/matryoshka.ko
 	GUEST_MODULE_DIR=$CACHE/mod-$GVER-$(key "${GUEST_DIR##*/}" "$CHECKOUT" layout-1)
 	GUEST_MODULE=$GUEST_MODULE_DIR/matryoshka.ko
@@ -53,7 +58,10 @@ kbuild() {
 		CONFIG_DEBUG_INFO_BTF_MODULES= "$@" modules
 }
 
-build_module_host() { kbuild "$KERNEL_DIR/build" "$MODULE_DIR" "$KVER" "$@"; }
+build_module_host() {
+	if [ -n "${MATRYOSHKA_DEBUG:-}" ]; then KERNEL_CC=${DEBUG_CC:-$KERNEL_CC} kbuild "$DEBUG_DIR/build" "$MODULE_DIR" '' "$@"
+	else kbuild "$KERNEL_DIR/build" "$MODULE_DIR" "$KVER" "$@"; fi
+}
 build_module_guest() { kbuild "$GUEST_DIR/build" "$GUEST_MODULE_DIR" '' "$@"; }
 
 # in_build tool|host|guest [ARGUMENT...]: one build, its output going straight to the user.
@@ -108,8 +116,10 @@ cmd_build_module() {
 	[ -f "$PROJECT/Kbuild" ] || die "there is no Kbuild in $PROJECT, so there is no module to build"
 	use_guest
 	for one in $which; do
-		if [ "$one" = host ]; then ready "$KERNEL_DIR"; else ready "$GUEST_DIR"; fi ||
-			die "the $one kernel for $KVER is not in the lab" "Run: scripts/lab setup --kernel $KVER"
+		case $one in
+		host) ready "$KERNEL_DIR" && { [ -z "${MATRYOSHKA_DEBUG:-}" ] || { use_debug "$MATRYOSHKA_DEBUG" && ready "$DEBUG_DIR"; }; } ;;
+		guest) ready "$GUEST_DIR" ;;
+		esac || die "the $one kernel for $KVER is not in the lab" "Run: scripts/lab setup --kernel $KVER"
 		ns_run --int "$LAB" __build "$one" "$@"
 		use_builds
 		if [ "$one" = host ]; then note "built $MODULE"; else note "built $GUEST_MODULE"; fi

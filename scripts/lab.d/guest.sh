@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash
 #
-# The kernel of the levels between L0 and the payload: same source as the stock kernel, configuration of its own
-# (scripts/guest.config), and a build tree that the module can be built against as well.
+# Kernels of our own configuration, from the same source as the stock kernel, each with a build tree that the module can be
+# built against as well: the one of the levels between L0 and the payload (scripts/guest.config), and those that look for
+# mistakes as L0 (the same, with scripts/debug-KIND.config on top).
 
 # use_guest: set GUEST_DIR and GVER for the kernel $KVER.
 use_guest() {
@@ -15,12 +16,45 @@ use_guest() {
 # the name that it does not know.
 GUEST_OLD_NAMES='CONFIG_PROC_SYSCTL=y' # CONFIG_SYSCTL, before 7.3
 
-# configure_guest: allnoconfig with our lines on top; a line that Kconfig did not follow is an error, because a
+# use_debug KIND: set DEBUG_DIR and DVER for the kernel $KVER that looks for the mistakes that KIND says.
+use_debug() {
+	DEBUG_KIND=$1
+	[ -f "$SCRIPTS/debug-$1.config" ] || die "there is no kernel of the kind $1" "Kinds: $(debug_kinds)"
+	# Where rustc instruments as well, its LLVM and the C compiler's must be one.
+	DEBUG_CC=$(sed -n 's/^# CC=//p' "$SCRIPTS/debug-$1.config")
+	DEBUG_DIR=$CACHE/debug-$1-$KVER-$(key "$SCRIPTS/guest.config" "$SCRIPTS/debug-$1.config" "$KVER" layout-1)
+	DVER=
+	[ ! -s "$DEBUG_DIR/release" ] || DVER=$(cat -- "$DEBUG_DIR/release")
+}
+
+# debug_kinds: what there is, in a line.
+debug_kinds() {
+	local file
+	for file in "$SCRIPTS"/debug-*.config; do
+		file=${file##*/debug-}
+		printf '%s ' "${file%.config}"
+	done
+}
+
+# merged FRAGMENT...: the fragments as one; of a symbol that several name, the last line.
+merged() {
+	awk '
+		/^CONFIG_[A-Z0-9_]*=/ { name = substr($0, 1, index($0, "=") - 1) }
+		/^# CONFIG_[A-Z0-9_]* is not set/ { name = $2 }
+		!/^CONFIG_/ && !/^# CONFIG_/ { next }
+		!(name in line) { order[++n] = name }
+		{ line[name] = $0 }
+		END { for (i = 1; i <= n; i++) print line[order[i]] }
+	' "$@"
+}
+
+# configure_own BUILD FRAGMENT...: allnoconfig with our lines on top; a line that Kconfig did not follow is an error, because a
 # missing symbol shows only much later, as a guest that hangs or a module that does not load.
-configure_guest() {
+configure_own() {
 	local build=$1 line name bad=0
-	if ! { cat -- "$SCRIPTS/guest.config" && printf '%s\n' "$GUEST_OLD_NAMES"; } | cmp -s - "$build/guest.config"; then
-		{ cat -- "$SCRIPTS/guest.config" && printf '%s\n' "$GUEST_OLD_NAMES"; } >"$build/guest.config"
+	shift
+	if ! { merged "$@" && printf '%s\n' "$GUEST_OLD_NAMES"; } | cmp -s - "$build/guest.config"; then
+		{ merged "$@" && printf '%s\n' "$GUEST_OLD_NAMES"; } >"$build/guest.config"
 		kmake "/cache/${build#"$CACHE/"}" KCONFIG_ALLCONFIG=guest.config allnoconfig
 	fi
 	while read -r line; do
@@ -31,34 +65,44 @@ configure_guest() {
 		CONFIG_*)
 			grep -qxF -- "$line" "$build/.config" || { echo "guest.config wants $line"; bad=1; } ;;
 		esac
-	done <"$SCRIPTS/guest.config"
+	done < <(merged "$@")
 	if [ "$bad" -ne 0 ]; then
 		rm -f -- "$build/guest.config"
-		die "Kconfig of $KVER does not follow scripts/guest.config in the lines above" \
+		die "Kconfig of $KVER does not follow ${*##*/} in the lines above" \
 		    "A symbol was renamed or got a new dependency: mend the fragment."
 	fi
 }
 
-# build_guest: vmlinux (stripped: the file that a VMM loads), bzImage, System.map, modules.
-build_guest() {
-	local build=$GUEST_DIR/build dir=/cache/${GUEST_DIR##*/} release
-	mkdir -p -- "$GUEST_DIR"
+# build_own DIR FRAGMENT...: vmlinux (stripped: the file that a VMM loads), bzImage, System.map, modules.
+build_own() {
+	local own=$1 build=$1/build dir=/cache/${1##*/} release
+	shift
+	mkdir -p -- "$own"
 	copy_source "$build"
-	configure_guest "$build"
+	configure_own "$build" "$@"
 	kmake "$dir/build" bzImage modules
 	release=$(cat -- "$build/include/config/kernel.release")
 	# Everything out of vmlinux that is not loaded, and BTF stays because it is: 17 MB instead of 110.
 	enter "$dir" objcopy -S build/vmlinux vmlinux.part
-	mv -- "$GUEST_DIR/vmlinux.part" "$GUEST_DIR/vmlinux"
-	cp -- "$build/arch/x86/boot/bzImage" "$build/System.map" "$GUEST_DIR/"
-	cp -- "$build/.config" "$GUEST_DIR/config"
-	rm -rf -- "$GUEST_DIR/modules" "$GUEST_DIR/modules.part"
+	mv -- "$own/vmlinux.part" "$own/vmlinux"
+	cp -- "$build/arch/x86/boot/bzImage" "$build/System.map" "$own/"
+	cp -- "$build/.config" "$own/config"
+	rm -rf -- "$own/modules" "$own/modules.part"
 	kmake "$dir/build" INSTALL_MOD_PATH="$dir/modules.part" INSTALL_MOD_STRIP=1 modules_install
-	mv -- "$GUEST_DIR/modules.part/lib/modules/$release" "$GUEST_DIR/modules"
-	rm -rf -- "$GUEST_DIR/modules.part" "$GUEST_DIR/modules/build"
+	mv -- "$own/modules.part/lib/modules/$release" "$own/modules"
+	rm -rf -- "$own/modules.part" "$own/modules/build"
 	# The objects are a good 1.5 GB and the M= builds need none of them.
 	find "$build" \( -name '*.o' -o -name '*.a' -o -name '.*.o.cmd' \) \
 		! -path "$build/scripts/*" ! -path "$build/tools/*" ! -path "$build/rust/*" -type f -delete
-	printf '%s\n' "$release" | write_file "$GUEST_DIR/release"
-	mark_ready "$GUEST_DIR"
+	printf '%s\n' "$release" | write_file "$own/release"
+	mark_ready "$own"
+}
+
+build_guest() { build_own "$GUEST_DIR" "$SCRIPTS/guest.config"; }
+
+# build_debug: L0's boot loader and the emulator's runner look for it under the names that a stock kernel has.
+build_debug() {
+	local KERNEL_CC=${DEBUG_CC:-$KERNEL_CC}
+	build_own "$DEBUG_DIR" "$SCRIPTS/guest.config" "$SCRIPTS/debug-$DEBUG_KIND.config"
+	ln -sf bzImage "$DEBUG_DIR/vmlinuz"
 }

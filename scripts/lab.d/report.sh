@@ -29,6 +29,10 @@ cmd_paths() {
 	printf 'CACHE=%q\n' "$CACHE"
 	assign ROOT "$ROOT"
 	printf 'KVER=%q\n' "$KVER"
+	if [ -n "${MATRYOSHKA_DEBUG:-}" ]; then
+		ready "$DEBUG_DIR" || die "the kernel $MATRYOSHKA_DEBUG is not in the lab" "Run: MATRYOSHKA_DEBUG=$MATRYOSHKA_DEBUG scripts/lab setup"
+		KERNEL_DIR=$DEBUG_DIR
+	fi
 	assign KERNEL "$KERNEL_DIR"
 	assign KMODULES "$KERNEL_DIR/modules"
 	assign KBUILD "$KERNEL_DIR/build"
@@ -112,7 +116,7 @@ cmd_doctor() {
 
 # stale: set STALE to the pieces that this checkout, with the kernels there are, no longer uses.
 stale() {
-	local piece
+	local piece kind
 	local -A used=()
 	STALE=()
 	find_root
@@ -125,8 +129,12 @@ stale() {
 	for piece in "$CACHE"/kernel-*/; do
 		use_kernel "$(basename -- "${piece#*/kernel-}")"; use_guest; use_builds
 		used[$GUEST_DIR]=1 used[$MODULE_DIR]=1 used[$GUEST_MODULE_DIR]=1
+		for kind in $(debug_kinds); do
+			MATRYOSHKA_DEBUG=$kind use_builds
+			used[$DEBUG_DIR]=1 used[$MODULE_DIR]=1
+		done
 	done
-	for piece in "$CACHE"/{root,guest,emu,mod}-*; do
+	for piece in "$CACHE"/{root,guest,debug,emu,mod}-*; do
 		[ ! -d "$piece" ] || [ -n "${used[$piece]:-}" ] || STALE+=("${piece##*/}")
 	done
 	[ ${#STALE[@]} -eq 0 ] || note "removing ${STALE[*]}"

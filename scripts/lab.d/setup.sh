@@ -15,6 +15,9 @@ plan_setup() {
 		step "kernel metadata for Rust" prepare_known 95 215
 	fi
 	if [ -z "$KNOWN" ] || { use_guest; ! ready "$GUEST_DIR"; }; then step "guest kernel" guest_known 300 1620; fi
+	if [ -n "${MATRYOSHKA_DEBUG:-}" ] && { [ -z "$KNOWN" ] || { use_debug "$MATRYOSHKA_DEBUG"; ! ready "$DEBUG_DIR"; }; }; then
+		step "kernel that looks for mistakes" debug_known 600 2400
+	fi
 	use_emu
 	if [ -n "$EMU_DIR" ] && ! ready "$EMU_DIR"; then step "emulator" build_emu 180 emu_permille; fi
 	if [ -f "$PROJECT/rust/Cargo.lock" ] &&
@@ -39,6 +42,7 @@ known() { use_kernel "$(wanted_kernel)"; }
 
 prepare_known() { known; prepare_kernel; }
 guest_known()   { known; use_guest; build_guest; }
+debug_known()   { known; use_debug "$MATRYOSHKA_DEBUG"; build_debug; }
 crates()        { mkdir -p -- "$CACHE/cargo"; fetch_crates; }
 
 # in_setup REFRESH: runs as root of private namespaces; the lock is held by our caller.

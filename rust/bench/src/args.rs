@@ -9,7 +9,7 @@ use protocol::{Config, Op, Pattern};
 use vmm::files::{Files, DIR};
 use vmm::stack::{Local, MAX_DEPTH, TOUCH_PAGES};
 
-use crate::plan::{self, Amount};
+use crate::plan::Amount;
 
 const HELP: &str = "Examples:
   matryoshka bench                                    depths 1 to 3, stock against the module
@@ -56,10 +56,9 @@ pub struct BenchArgs {
         value_parser = parse_pattern, value_name = "PATTERN,...")]
     pub pattern: Vec<Pattern>,
 
-    /// Pages that a touch operation visits in each pass
-    #[arg(long, default_value_t = plan::PAGES, value_name = "PAGES",
-        value_parser = clap::value_parser!(u32).range(8..=TOUCH_PAGES as i64))]
-    pub pages: u32,
+    /// Pages that a touch operation visits in each pass [default: 2048, at depths where that takes long fewer]
+    #[arg(long, value_name = "PAGES", value_parser = clap::value_parser!(u32).range(8..=TOUCH_PAGES as i64))]
+    pub pages: Option<u32>,
 
     /// Multiply the number of samples (of touch operations: of passes)
     #[arg(long, default_value_t = 1.0, value_parser = parse_scale, value_name = "FACTOR")]

@@ -11,8 +11,10 @@ const PER_LEVEL_TOUCH: f64 = 8.0;
 const BUDGET: f64 = 40e6;
 /// Fewest and most samples.
 const SAMPLES: (f64, f64) = (9.0, 60.0);
-/// Pages of a pass by default: four tables of the last level.
-pub const PAGES: u32 = 2048;
+/// Pages of a pass by default, where it costs what is reasonable: four tables of the last level.
+const PAGES: u32 = 2048;
+/// Fewest pages of a pass by default.
+const FEWEST_PAGES: u32 = 128;
 /// Instructions that the passes of a touch operation may take in one round.
 const TOUCH_BUDGET: f64 = 1e9;
 /// Fewest and most passes of a touch operation. The first may find what no other finds, so that one is too few.
@@ -23,17 +25,27 @@ const PASSES: (f64, f64) = (2.0, 3.0);
 pub struct Amount {
     /// Multiplies the number of samples or passes.
     pub scale: f64,
-    /// Pages of a pass.
-    pub pages: u32,
+    /// Pages of a pass, if it is not for us to choose.
+    pub pages: Option<u32>,
 }
 
 impl Default for Amount {
     fn default() -> Amount {
         Amount {
             scale: 1.0,
-            pages: PAGES,
+            pages: None,
         }
     }
+}
+
+/// Pages of a pass: as many as the fewest passes can afford.
+fn pages(op: Op, level: u32) -> u32 {
+    let affordable = TOUCH_BUDGET / (cost(op, level) * PASSES.0);
+    let mut pages = PAGES;
+    while pages > FEWEST_PAGES && pages as f64 > affordable {
+        pages /= 2;
+    }
+    pages
 }
 
 /// What an operation cost stock at the payload's level 1, in retired instructions: only for choosing
@@ -127,7 +139,10 @@ pub fn stacks(ops: &[Op], depths: &[u32], patterns: &[Pattern], amount: Amount) 
 }
 
 fn specs(op: Op, level: u32, patterns: &[Pattern], amount: Amount) -> Vec<OpSpec> {
-    let Amount { scale, pages } = amount;
+    let Amount {
+        scale,
+        pages: wanted,
+    } = amount;
     if !op.is_touch() {
         let affordable = BUDGET / cost(op, level);
         let count = (affordable.clamp(SAMPLES.0, SAMPLES.1) * scale).clamp(1.0, 4096.0);
@@ -138,6 +153,7 @@ fn specs(op: Op, level: u32, patterns: &[Pattern], amount: Amount) -> Vec<OpSpec
             passes: 1,
         }];
     }
+    let pages = wanted.unwrap_or_else(|| pages(op, level));
     let affordable = TOUCH_BUDGET / (cost(op, level) * pages as f64);
     let passes = (affordable.clamp(PASSES.0, PASSES.1) * scale).max(1.0) as u32;
     let spec = |&pattern| OpSpec {
@@ -194,6 +210,24 @@ mod tests {
         assert_eq!(stacks[0].specs.len(), Pattern::EVERY.len());
         assert!(stacks[0].specs.iter().all(|spec| spec.count == PAGES));
         assert!(stacks[0].specs.iter().all(|spec| spec.passes >= 2));
+    }
+
+    #[test]
+    fn deeper_touches_fewer_pages() {
+        let every = stacks(
+            &[Op::TouchCold],
+            &[1, 2, 3, 4],
+            &[Pattern::Sequential],
+            Amount::default(),
+        );
+        let counts: Vec<_> = every.iter().map(|stack| stack.specs[0].count).collect();
+        assert_eq!(counts, [2048, 2048, 512, 128]);
+        let amount = Amount {
+            pages: Some(64),
+            ..Amount::default()
+        };
+        let chosen = stacks(&[Op::TouchCold], &[3], &[Pattern::Sequential], amount);
+        assert_eq!(chosen[0].specs[0].count, 64);
     }
 
     #[test]

@@ -9,6 +9,7 @@ mod init;
 mod nest;
 mod status;
 mod term;
+mod transport;
 mod watch;
 
 use std::process::ExitCode;
@@ -32,6 +33,8 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Nest(nest::NestArgs),
+    Save(transport::SaveArgs),
+    Restore(transport::RestoreArgs),
     Status(status::StatusArgs),
     Set(status::SetArgs),
     Watch(watch::WatchArgs),
@@ -49,6 +52,8 @@ fn main() -> ExitCode {
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
     match Cli::parse().command {
         Command::Nest(a) => nest::run(a),
+        Command::Save(a) => transport::save(a),
+        Command::Restore(a) => transport::restore(a),
         Command::Status(a) => status::status(a).into(),
         Command::Set(a) => status::set(a).into(),
         Command::Watch(a) => watch::run(a).into(),

@@ -9,12 +9,14 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use protocol::{Boot, Command, Config, Line};
+use serde::{Deserialize, Serialize};
 use vmm::files::{Files, DIR};
 use vmm::machine::Exit;
 use vmm::stack::{self, Handler, Inner, Local, Spec, MAX_DEPTH, TOUCH_PAGES};
 use vmm::Error;
 
 use crate::term::Raw;
+use crate::transport;
 use crate::{complain, Code};
 
 const EXAMPLES: &str = "Examples:
@@ -46,7 +48,7 @@ pub struct NestArgs {
     #[arg(long, value_name = "FILE")]
     payload: Option<PathBuf>,
 
-    /// What the payload is to do, words KEY=VALUE
+    /// What the payload is to do: ops=OP:SAMPLES,... or tests=GROUP,... (Documentation/testing.md)
     #[arg(
         long,
         default_value = "ops=cpuid:20,hypercall:20",
@@ -175,7 +177,7 @@ impl NestArgs {
 }
 
 /// What L0 does for a stack that only runs.
-struct Host {
+pub struct Host {
     rounds: std::vec::IntoIter<u32>,
     /// Whether the user named configurations; otherwise the module stays as it is.
     set: bool,
@@ -184,7 +186,41 @@ struct Host {
     verbose: bool,
 }
 
+/// What of it goes into a file with the stack.
+#[derive(Default, Serialize, Deserialize)]
+struct SavedHost {
+    rounds: Vec<u32>,
+    set: bool,
+    plain: bool,
+    verbose: bool,
+}
+
+impl Host {
+    /// As it was saved; `plain` in addition to what it was then.
+    pub fn restored(saved: &serde_json::Value, depth: u32, plain: bool) -> vmm::Result<Host> {
+        let saved = SavedHost::deserialize(saved)
+            .map_err(|e| Error::Stack(format!("what the tool saved of itself is unusable: {e}")))?;
+        Ok(Host {
+            rounds: saved.rounds.into_iter(),
+            set: saved.set,
+            depth,
+            plain: saved.plain || plain,
+            verbose: saved.verbose,
+        })
+    }
+}
+
 impl Handler for Host {
+    fn save(&mut self) -> serde_json::Value {
+        let saved = SavedHost {
+            rounds: self.rounds.as_slice().to_vec(),
+            set: self.set,
+            plain: self.plain,
+            verbose: self.verbose,
+        };
+        serde_json::to_value(saved).unwrap_or_default()
+    }
+
     fn next_command(&mut self) -> u32 {
         self.rounds.next().unwrap_or(Command::End.encode())
     }
@@ -249,14 +285,23 @@ pub fn run(args: NestArgs) -> ExitCode {
                     init_stats(&o)
                 );
             }
-            match o.exit {
-                Exit::Done(0) => Code::Ok.into(),
-                Exit::Done(status) => ExitCode::from(u8::try_from(status).unwrap_or(1)),
-                bad => {
-                    complain(format!("L1 {bad}"));
-                    Code::Guest.into()
-                }
-            }
+            ended(o.exit)
+        }
+    }
+}
+
+/// The exit status that stands for how a stack ended.
+pub fn ended(exit: Exit) -> ExitCode {
+    match exit {
+        Exit::Done(0) => Code::Ok.into(),
+        Exit::Saved => {
+            eprintln!("matryoshka: the stack was saved");
+            Code::Ok.into()
+        }
+        Exit::Done(status) => ExitCode::from(u8::try_from(status).unwrap_or(1)),
+        bad => {
+            complain(format!("L1 {bad}"));
+            Code::Guest.into()
         }
     }
 }
@@ -284,9 +329,10 @@ fn start(args: &NestArgs, spec: &Spec) -> vmm::Result<stack::Outcome> {
     .into_iter()
     .enumerate()
     .map(|(i, config)| {
-        Command::Run {
-            config,
-            round: i as u16,
+        let round = i as u16;
+        match args.args.starts_with("tests=") {
+            true => Command::Test { config, round },
+            false => Command::Run { config, round },
         }
         .encode()
     })
@@ -307,6 +353,7 @@ fn start(args: &NestArgs, spec: &Spec) -> vmm::Result<stack::Outcome> {
     let local = Local {
         terminal: spec.interactive().then(|| stdin.as_raw_fd()),
         limit: args.timeout.map(Duration::from_secs),
+        door: transport::door(),
         ..Local::default()
     };
     let outcome = stack::run(spec, &files, local, &mut host);

@@ -26,6 +26,11 @@ impl Lines {
         }
     }
 
+    /// What has no end yet.
+    pub(crate) fn rest(&self) -> &[u8] {
+        &self.buf
+    }
+
     /// Hands on what is left without an end of line.
     pub fn flush(&mut self, mut line: impl FnMut(&str)) {
         if !self.buf.is_empty() {

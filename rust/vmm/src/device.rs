@@ -3,8 +3,9 @@
 
 use kvm_bindings::KVM_MEM_READONLY;
 use kvm_ioctls::VmFd;
+use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
-use vm_superio::serial::NoEvents;
+use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -12,6 +13,7 @@ use crate::console::{Collected, Lines};
 use crate::control as ctl;
 use crate::machine::Exit;
 use crate::memory::{Memory, PAGE};
+use crate::{Error, Result};
 
 /// Where the module says what a walk of EPT02 finds.
 const EPT02: &str = "/sys/kernel/debug/matryoshka/ept02";
@@ -51,6 +53,20 @@ pub trait Host: Send {
     fn started(&mut self) {}
     /// The init of a Linux guest runs.
     fn up(&mut self) {}
+    /// What the host needs to go on with this machine in another process.
+    fn save(&mut self) -> serde_json::Value {
+        serde_json::Value::Null
+    }
+}
+
+/// What the devices hold, in a file.
+#[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct BusState {
+    /// COM1's registers, in the order of `SerialState`.
+    serial: [u8; 9],
+    typed: Vec<u8>,
+    serial_line: Vec<u8>,
+    text_line: Vec<u8>,
 }
 
 /// Raises COM1's interrupt through an irqfd.
@@ -101,6 +117,8 @@ pub(crate) struct Bus<'a> {
     slot: Slot,
     /// The entry that was changed behind KVM's back: where, and what it was.
     planted: Option<(GuestAddress, u64)>,
+    /// KVM keeps a log of writes.
+    logging: bool,
 }
 
 impl<'a> Bus<'a> {
@@ -123,7 +141,58 @@ impl<'a> Bus<'a> {
             compared: 0,
             slot: Slot::Ordinary,
             planted: None,
+            logging: false,
         }
+    }
+
+    /// What the devices hold, and what the host needs.
+    pub(crate) fn save(&mut self) -> Result<(BusState, serde_json::Value)> {
+        if self.logging || self.slot != Slot::Ordinary || self.planted.is_some() {
+            return Err(Error::Stack(
+                "the guest has its writes logged or its memory moved just now; it runs on: try again later".into(),
+            ));
+        }
+        let s = self.serial.state();
+        let state = BusState {
+            serial: [
+                s.baud_divisor_low,
+                s.baud_divisor_high,
+                s.interrupt_enable,
+                s.interrupt_identification,
+                s.line_control,
+                s.line_status,
+                s.modem_control,
+                s.modem_status,
+                s.scratch,
+            ],
+            typed: s.in_buffer,
+            serial_line: self.serial_lines.rest().to_vec(),
+            text_line: self.text.rest().to_vec(),
+        };
+        Ok((state, self.host.save()))
+    }
+
+    /// Makes the devices what they were; `irq` is COM1's interrupt.
+    pub(crate) fn restore(&mut self, state: &BusState, irq: Irq) -> Result<()> {
+        let [low, high, enable, ident, line_control, line_status, modem_control, modem_status, scratch] =
+            state.serial;
+        let serial = SerialState {
+            baud_divisor_low: low,
+            baud_divisor_high: high,
+            interrupt_enable: enable,
+            interrupt_identification: ident,
+            line_control,
+            line_status,
+            modem_control,
+            modem_status,
+            scratch,
+            in_buffer: state.typed.clone(),
+        };
+        self.serial = Serial::from_state(&serial, irq, NoEvents, Collected::default())
+            .map_err(|_| Error::Stack("the serial port in the file is no serial port".into()))?;
+        self.serial_lines.push(&state.serial_line, |_| {});
+        self.text.push(&state.text_line, |_| {});
+        Ok(())
     }
 
     /// Tells the host that the guest begins.
@@ -215,9 +284,13 @@ impl<'a> Bus<'a> {
             }
             (ctl::touch::LOG, Some(vm)) => {
                 self.sums = self.mem.touch_sums(pages);
-                self.mem.log_touch(vm, true)
+                self.logging = self.mem.log_touch(vm, true);
+                self.logging
             }
-            (ctl::touch::UNLOG, Some(vm)) => self.mem.log_touch(vm, false),
+            (ctl::touch::UNLOG, Some(vm)) => {
+                self.logging = false;
+                self.mem.log_touch(vm, false)
+            }
             (ctl::touch::COMPARE, Some(vm)) => {
                 let Some(log) = self.mem.touch_log(vm) else {
                     return false;
@@ -401,6 +474,26 @@ mod tests {
             b.input(0x1234, &mut w);
             assert_eq!(w, [0xff; 4]);
         });
+    }
+
+    #[test]
+    fn what_is_saved_is_what_is_restored() {
+        let mut saved = BusState::default();
+        with_bus(false, |b| {
+            b.out(COM1 + 7, &[0x5a]);
+            b.out(COM1, b"half");
+            b.out(ctl::CONSOLE, b"a line");
+            saved = b.save().unwrap().0;
+        });
+        let r = with_bus(false, |b| {
+            b.restore(&saved, Irq(EventFd::new(0).unwrap())).unwrap();
+            let mut scratch = [0];
+            b.input(COM1 + 7, &mut scratch);
+            assert_eq!(scratch, [0x5a]);
+            assert_eq!(b.save().unwrap().0, saved);
+        });
+        let want = [(Source::Control, "a line"), (Source::Serial, "half")];
+        assert_eq!(r.lines, want.map(|(s, l)| (s, l.to_owned())));
     }
 
     #[test]

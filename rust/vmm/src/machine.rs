@@ -4,19 +4,24 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::os::fd::RawFd;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use kvm_bindings::{kvm_pit_config, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::Entry;
-use crate::device::{Bus, Host, Irq, COM1_IRQ};
+use crate::device::{Bus, BusState, Host, Irq, COM1_IRQ};
+use crate::door::{Door, Job};
+use crate::image::{self, Contents};
 use crate::memory::Memory;
+use crate::missing::Missing;
 use crate::shuffle::{self, Shuffler};
+use crate::state::{VcpuState, VmState};
 use crate::work::{self, Work};
 use crate::{dump, stats, vcpu};
 use crate::{Error, Result};
@@ -54,6 +59,8 @@ pub struct Config {
     pub churn: bool,
     /// Hand out the pages of the touch region through userfaultfd.
     pub missing: bool,
+    /// Where another process may ask for the machine to be saved.
+    pub door: Option<Arc<Door>>,
 }
 
 impl Default for Config {
@@ -69,6 +76,7 @@ impl Default for Config {
             roam: false,
             churn: false,
             missing: false,
+            door: None,
         }
     }
 }
@@ -97,6 +105,8 @@ pub enum Exit {
         /// Registers of all vCPUs.
         dump: String,
     },
+    /// Somebody asked for it to be saved, and it is.
+    Saved,
 }
 
 impl fmt::Display for Exit {
@@ -110,6 +120,7 @@ impl fmt::Display for Exit {
             Exit::Shutdown { dump } => write!(f, "shut down by a triple fault\n{dump}"),
             Exit::Failed { what, dump } => write!(f, "could not go on: {what}\n{dump}"),
             Exit::TimedOut { dump } => write!(f, "did not end within its time limit\n{dump}"),
+            Exit::Saved => write!(f, "was saved"),
         }
     }
 }
@@ -139,6 +150,8 @@ pub struct Machine {
     vm: VmFd,
     mem: Memory,
     config: Config,
+    /// Its devices, if it was read from a file.
+    bus: Option<BusState>,
 }
 
 impl Machine {
@@ -178,184 +191,132 @@ impl Machine {
             vm,
             mem,
             config,
+            bus: None,
         })
     }
 
-    /// Runs the machine to its end, each vCPU in a thread of its own.
-    pub fn run(mut self, host: &mut dyn Host) -> Result<Report> {
-        let irq = EventFd::new(0).map_err(|_| Error::os("eventfd"))?;
-        connect(&self.vm, &irq)?;
-        let due = AtomicBool::new(false);
-        let (mut shuffler, vm) = match self.config.shuffle {
-            None => (None, Some(&self.vm)),
-            Some(seed) => {
-                let shuffler = Shuffler::new(
-                    &mut self.vm,
-                    &self.mem,
-                    &self.config,
-                    irq.try_clone().map_err(|_| Error::os("eventfd"))?,
-                    seed,
-                )?;
-                (Some(shuffler), None)
-            }
+    /// Makes the machine that was saved in the file `path`. What makes up the guest comes from there, of `config` the rest.
+    /// Gives what its owner had said beside it ([`Host::save`]).
+    pub fn restore(
+        kvm: &Kvm,
+        config: Config,
+        path: &Path,
+        progress: impl FnMut(u64, u64),
+    ) -> Result<(Machine, serde_json::Value)> {
+        let (mem, contents) = image::read(path, progress)?;
+        let config = Config {
+            cpus: u8::try_from(contents.vcpus.len()).unwrap_or(0),
+            pit: contents.pit,
+            all_begin: contents.all_begin,
+            shuffle: None,
+            ..config
         };
-        let bus = Mutex::new(Bus::new(
-            Irq(irq),
-            self.config.terminal.is_some(),
-            host,
-            &self.mem,
+        if config.cpus == 0 || config.cpus > MAX_CPUS {
+            return Err(Error::Image {
+                path: path.to_owned(),
+                what: format!(
+                    "has {} vCPUs; 1 to {MAX_CPUS} are possible",
+                    contents.vcpus.len()
+                ),
+            });
+        }
+        let vm = new_vm(kvm, &config, &mem)?;
+        contents.vm.restore(&vm)?;
+        let mut vcpus = Vec::new();
+        for (id, state) in contents.vcpus.iter().enumerate() {
+            let vcpu = vm
+                .create_vcpu(id as u64)
+                .map_err(Error::kvm("KVM_CREATE_VCPU"))?;
+            state.restore(&vcpu)?;
+            vcpus.push(vcpu);
+        }
+        let machine = Machine {
+            vcpus,
             vm,
-        ));
-        let over = EventFd::new(0).map_err(|_| Error::os("eventfd"))?;
-        let stop = AtomicBool::new(false);
-        let running = AtomicUsize::new(self.vcpus.len());
-        let kick = install_kick()?;
-        // The pthread id of each vCPU's thread once it runs, 0 before.
-        let ids: Vec<AtomicU64> = self.vcpus.iter().map(|_| AtomicU64::new(0)).collect();
-        let tids: Vec<AtomicI32> = self.vcpus.iter().map(|_| AtomicI32::new(0)).collect();
-        let work = Work::default();
-        let moves = AtomicU64::new(0);
-        let churns = AtomicU64::new(0);
-        let missing = match self.config.missing {
-            true => self.mem.missing()?,
-            false => None,
+            mem,
+            config,
+            bus: Some(contents.bus),
         };
-        let (tx, rx) = mpsc::channel();
+        Ok((machine, contents.owner))
+    }
 
-        bus.lock().unwrap_or_else(PoisonError::into_inner).started();
-        let exit = std::thread::scope(|s| {
-            if let Some(fd) = self.config.terminal {
-                let (bus, over, tx) = (&bus, &over, tx.clone());
-                let mut escape = self.config.escape.then(Escape::default);
-                s.spawn(move || {
-                    if read_terminal(fd, &mut escape, bus, over) {
-                        // The receiver outlives us: it is what ends this scope.
-                        let _ = tx.send(Exit::Done(TERMINAL_STATUS));
-                    }
-                });
-            }
-            if let Some(seed) = self.config.shuffle {
-                let (stop, due, id) = (&stop, &due, &ids[0]);
-                s.spawn(move || {
-                    let mut numbers = shuffle::Numbers::new(!seed);
-                    while !stop.load(Ordering::Acquire) {
-                        std::thread::sleep(shuffle::pause(&mut numbers));
-                        // Making a VM may take longer than that, and the guest must get on.
-                        if due.swap(true, Ordering::Relaxed) {
-                            continue;
-                        }
-                        match id.load(Ordering::Acquire) {
-                            0 => {}
-                            // SAFETY: as below. The vCPU's thread is joined after `stop` is set, at the
-                            // latest with this one at the end of the scope.
-                            id => unsafe {
-                                libc::pthread_kill(id, kick);
-                            },
-                        }
-                    }
-                });
-            }
-            if self.config.roam {
-                let (stop, tids, moves) = (&stop, &tids, &moves);
-                s.spawn(move || {
-                    let (mut numbers, cpus) = (shuffle::Numbers::new(1), work::processors());
-                    while cpus.len() > 1 && !stop.load(Ordering::Acquire) {
-                        std::thread::sleep(Duration::from_micros(numbers.around(work::MOVE_US)));
-                        let pick = |n: u64, of: usize| n as usize % of;
-                        let tid = &tids[pick(numbers.around(1 << 20), tids.len())];
-                        let cpu = cpus[pick(numbers.around(1 << 20), cpus.len())];
-                        match tid.load(Ordering::Acquire) {
-                            0 => {}
-                            tid => {
-                                moves.fetch_add(work::move_to(tid, cpu).into(), Ordering::Relaxed);
-                            }
-                        }
-                    }
-                });
-            }
-            if let (true, Some(vm)) = (self.config.churn, vm) {
-                let (stop, churns, mem) = (&stop, &churns, &self.mem);
-                s.spawn(move || {
-                    let mut numbers = shuffle::Numbers::new(2);
-                    while !stop.load(Ordering::Acquire) {
-                        std::thread::sleep(Duration::from_micros(
-                            numbers.around(4 * work::MOVE_US),
-                        ));
-                        let done = mem.churn(vm, churns.load(Ordering::Relaxed));
-                        churns.fetch_add(done.into(), Ordering::Relaxed);
-                    }
-                });
-            }
-            if let Some(missing) = &missing {
-                let stop = &stop;
-                s.spawn(move || missing.serve(stop));
-            }
-            // There is one vCPU if there is a shuffler.
-            let mut shuffler = shuffler.as_mut();
-            let threads: Vec<_> = self
-                .vcpus
-                .iter_mut()
-                .zip(&ids)
-                .enumerate()
-                .map(|(number, (vcpu, id))| {
-                    let (bus, stop, running, tx) = (&bus, &stop, &running, tx.clone());
-                    let (tid, work) = (&tids[number], &work);
-                    let shuffle = shuffler.take().map(|shuffler| (shuffler, &due));
-                    s.spawn(move || {
-                        // SAFETY: has no preconditions.
-                        id.store(unsafe { libc::pthread_self() }, Ordering::Release);
-                        // SAFETY: as above.
-                        tid.store(unsafe { libc::gettid() }, Ordering::Release);
-                        let place = vcpu::Place { bus, work, number };
-                        let exit = vcpu::run(vcpu, &place, stop, shuffle);
-                        let dump = exit.is_none().then(|| dump::registers(vcpu));
-                        if let Some(exit) = exit {
-                            // The receiver only goes away after all of us have.
-                            let _ = tx.send(exit);
-                        }
-                        running.fetch_sub(1, Ordering::Release);
-                        dump
-                    })
-                })
-                .collect();
+    /// Gives it a terminal, as [`Config::terminal`].
+    pub fn set_terminal(&mut self, terminal: Option<RawFd>) {
+        self.config.terminal = terminal;
+    }
 
-            let first = match self.config.limit {
-                None => rx.recv().ok(),
-                Some(d) => match rx.recv_timeout(d) {
-                    Ok(exit) => Some(exit),
-                    Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
-                },
+    /// Runs the machine to its end, each vCPU in a thread of its own.
+    pub fn run(self, host: &mut dyn Host) -> Result<Report> {
+        let Machine {
+            mut vcpus,
+            mut vm,
+            mem,
+            config,
+            bus: state,
+        } = self;
+        let irq = EventFd::new(0).map_err(|_| Error::os("eventfd"))?;
+        let another = || irq.try_clone().map_err(|_| Error::os("eventfd"));
+        connect(&vm, &irq)?;
+        // A VM that is replaced now and then is the shuffler's.
+        let (mut shuffler, fixed) = match config.shuffle {
+            None => (None, Some(&vm)),
+            Some(seed) => (
+                Some(Shuffler::new(&mut vm, &mem, &config, another()?, seed)?),
+                None,
+            ),
+        };
+        let mut bus = Bus::new(
+            Irq(another()?),
+            config.terminal.is_some(),
+            host,
+            &mem,
+            fixed,
+        );
+        if let Some(state) = &state {
+            bus.restore(state, Irq(another()?))?;
+        }
+        let mut shared = Shared::new(bus, &config, &mem)?;
+        shared.vm = fixed;
+        if config.missing {
+            shared.missing = mem.missing()?;
+        }
+
+        shared.bus().started();
+        let exit = loop {
+            let exit = run_once(&mut vcpus, shuffler.as_mut(), &shared);
+            let asked = shared
+                .job
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take();
+            let Some((draft, mut asker)) = asked.map(Job::split) else {
+                break exit;
             };
-            stop.store(true, Ordering::Release);
-            let _ = over.write(1);
-            // A vCPU may be about to enter KVM_RUN when it is kicked and miss it, so
-            // kick until all have noticed.
-            while running.load(Ordering::Acquire) != 0 {
-                for id in ids
-                    .iter()
-                    .map(|id| id.load(Ordering::Acquire))
-                    .filter(|&id| id != 0)
-                {
-                    // SAFETY: the thread has not been joined, so its id is valid; the
-                    // signal has a handler that does nothing.
-                    unsafe { libc::pthread_kill(id, kick) };
-                }
-                std::thread::sleep(Duration::from_millis(1));
+            if exit != Exit::Saved {
+                asker.refuse(format!("the stack had come to its end: it {exit}"));
+                break exit;
             }
-            let dumps: Vec<String> = threads
-                .into_iter()
-                .filter_map(|t| t.join().ok().flatten())
-                .collect();
-            first.unwrap_or(Exit::TimedOut {
-                dump: dumps.concat(),
-            })
-        });
-        bus.lock().unwrap_or_else(PoisonError::into_inner).flush();
-        drop(bus);
+            let saved = contents(&config, &mem, fixed, &vcpus, &shared).and_then(|contents| {
+                draft.write(&mem, &contents, |done, all| asker.progress(done, all))
+            });
+            match saved {
+                Ok(_) => {
+                    asker.saved();
+                    break exit;
+                }
+                // Everything is where it was: it goes on.
+                Err(e) => asker.refuse(e.to_string()),
+            }
+        };
+        shared.bus().flush();
+        let moves = shared.moves.load(Ordering::Relaxed);
+        let churns = shared.churns.load(Ordering::Relaxed);
+        let given = (shared.missing.as_ref()).map_or(0, |m| m.given.load(Ordering::Relaxed));
+        drop(shared);
         let shuffles = shuffler.map_or_else(Default::default, |shuffler| shuffler.counts());
 
-        let mut totals = stats::read(&self.vm).unwrap_or_default();
-        for v in &self.vcpus {
+        let mut totals = stats::read(&vm).unwrap_or_default();
+        for v in &vcpus {
             for (k, n) in stats::read(v).unwrap_or_default() {
                 *totals.entry(k).or_insert(0) += n;
             }
@@ -364,11 +325,286 @@ impl Machine {
             exit,
             stats: totals,
             shuffles,
-            moves: moves.into_inner(),
-            churns: churns.into_inner(),
-            given: missing.map_or(0, |missing| missing.given.into_inner()),
+            moves,
+            churns,
+            given,
         })
     }
+}
+
+/// What the threads of a machine share.
+struct Shared<'a> {
+    config: &'a Config,
+    bus: Mutex<Bus<'a>>,
+    /// Readable when they are to end.
+    over: EventFd,
+    stop: AtomicBool,
+    /// They end to be saved, so nothing may be left half done.
+    saving: AtomicBool,
+    /// A new VM is due.
+    due: AtomicBool,
+    /// Who asked for it to be saved.
+    job: Mutex<Option<Job>>,
+    running: AtomicUsize,
+    /// The signal that gets a vCPU out of KVM_RUN.
+    kick: libc::c_int,
+    /// The pthread id of each vCPU's thread once it runs, 0 before.
+    ids: Vec<AtomicU64>,
+    tids: Vec<AtomicI32>,
+    work: Work,
+    moves: AtomicU64,
+    churns: AtomicU64,
+    /// The VM, unless it is replaced now and then.
+    vm: Option<&'a VmFd>,
+    mem: &'a Memory,
+    missing: Option<Missing>,
+    deadline: Option<Instant>,
+}
+
+impl<'a> Shared<'a> {
+    fn new(bus: Bus<'a>, config: &'a Config, mem: &'a Memory) -> Result<Shared<'a>> {
+        Ok(Shared {
+            config,
+            bus: Mutex::new(bus),
+            over: EventFd::new(0).map_err(|_| Error::os("eventfd"))?,
+            stop: AtomicBool::new(false),
+            saving: AtomicBool::new(false),
+            due: AtomicBool::new(false),
+            job: Mutex::new(None),
+            running: AtomicUsize::new(0),
+            kick: install_kick()?,
+            ids: (0..config.cpus).map(|_| AtomicU64::new(0)).collect(),
+            tids: (0..config.cpus).map(|_| AtomicI32::new(0)).collect(),
+            work: Work::default(),
+            moves: AtomicU64::new(0),
+            churns: AtomicU64::new(0),
+            vm: None,
+            mem,
+            missing: None,
+            deadline: config.limit.map(|limit| Instant::now() + limit),
+        })
+    }
+
+    fn bus(&self) -> MutexGuard<'_, Bus<'a>> {
+        self.bus.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gets the vCPU of that number out of KVM_RUN, if it runs.
+    fn kick(&self, number: usize) {
+        match self.ids[number].load(Ordering::Acquire) {
+            0 => {}
+            // SAFETY: vCPUs' threads are joined no earlier than at the end of the scope that whoever calls this belongs
+            // to, so the id is valid; the signal has a handler that does nothing.
+            id => unsafe {
+                libc::pthread_kill(id, self.kick);
+            },
+        }
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+}
+
+/// Runs the vCPUs until the machine ends or is to be saved.
+fn run_once(
+    vcpus: &mut [VcpuFd],
+    mut shuffler: Option<&mut Shuffler<'_>>,
+    shared: &Shared<'_>,
+) -> Exit {
+    let (tx, rx) = mpsc::channel();
+    shared.running.store(vcpus.len(), Ordering::Release);
+    let exit = std::thread::scope(|s| {
+        if let Some(fd) = shared.config.terminal {
+            let tx = tx.clone();
+            let mut escape = shared.config.escape.then(Escape::default);
+            s.spawn(move || {
+                if read_terminal(fd, &mut escape, shared) {
+                    // The receiver outlives us: it is what ends this scope.
+                    let _ = tx.send(Exit::Done(TERMINAL_STATUS));
+                }
+            });
+        }
+        if let Some(door) = &shared.config.door {
+            let tx = tx.clone();
+            s.spawn(move || {
+                while wait_for(door.fd(), &shared.over) {
+                    if let Some(job) = door.accept() {
+                        *shared.job.lock().unwrap_or_else(PoisonError::into_inner) = Some(job);
+                        let _ = tx.send(Exit::Saved);
+                        return;
+                    }
+                }
+            });
+        }
+        if let Some(seed) = shared.config.shuffle {
+            s.spawn(move || {
+                let mut numbers = shuffle::Numbers::new(!seed);
+                while !shared.stopped() {
+                    std::thread::sleep(shuffle::pause(&mut numbers));
+                    // Making a VM may take longer than that, and the guest must get on.
+                    if !shared.due.swap(true, Ordering::Relaxed) {
+                        shared.kick(0);
+                    }
+                }
+            });
+        }
+        if shared.config.roam {
+            s.spawn(move || {
+                let (mut numbers, cpus) = (shuffle::Numbers::new(1), work::processors());
+                while cpus.len() > 1 && !shared.stopped() {
+                    std::thread::sleep(Duration::from_micros(numbers.around(work::MOVE_US)));
+                    let pick = |n: u64, of: usize| n as usize % of;
+                    let tid = &shared.tids[pick(numbers.around(1 << 20), shared.tids.len())];
+                    let cpu = cpus[pick(numbers.around(1 << 20), cpus.len())];
+                    match tid.load(Ordering::Acquire) {
+                        0 => {}
+                        tid => {
+                            let moved = work::move_to(tid, cpu);
+                            shared.moves.fetch_add(moved.into(), Ordering::Relaxed);
+                        }
+                    }
+                }
+            });
+        }
+        if let (true, Some(vm)) = (shared.config.churn, shared.vm) {
+            s.spawn(move || {
+                let mut numbers = shuffle::Numbers::new(2);
+                while !shared.stopped() {
+                    let pause = numbers.around(4 * work::MOVE_US);
+                    std::thread::sleep(Duration::from_micros(pause));
+                    let turn = shared.churns.load(Ordering::Relaxed);
+                    let done = shared.mem.churn(vm, turn);
+                    shared.churns.fetch_add(done.into(), Ordering::Relaxed);
+                }
+            });
+        }
+        if let Some(missing) = &shared.missing {
+            s.spawn(move || missing.serve(&shared.stop));
+        }
+        let threads: Vec<_> = vcpus
+            .iter_mut()
+            .enumerate()
+            .map(|(number, vcpu)| {
+                let tx = tx.clone();
+                // There is one vCPU if there is a shuffler.
+                let shuffle = shuffler.take().map(|shuffler| (shuffler, &shared.due));
+                s.spawn(move || {
+                    // SAFETY: has no preconditions.
+                    shared.ids[number].store(unsafe { libc::pthread_self() }, Ordering::Release);
+                    // SAFETY: as above.
+                    shared.tids[number].store(unsafe { libc::gettid() }, Ordering::Release);
+                    let place = vcpu::Place {
+                        bus: &shared.bus,
+                        work: &shared.work,
+                        number,
+                        stop: &shared.stop,
+                        saving: &shared.saving,
+                    };
+                    let exit = vcpu::run(vcpu, &place, shuffle);
+                    let dump = exit.is_none().then(|| dump::registers(vcpu));
+                    if let Some(exit) = exit {
+                        // The receiver only goes away after all of us have.
+                        let _ = tx.send(exit);
+                    }
+                    shared.running.fetch_sub(1, Ordering::Release);
+                    dump
+                })
+            })
+            .collect();
+
+        let first = match shared.deadline {
+            None => rx.recv().ok(),
+            Some(at) => match rx.recv_timeout(at.saturating_duration_since(Instant::now())) {
+                Ok(exit) => Some(exit),
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
+            },
+        };
+        shared
+            .saving
+            .store(first == Some(Exit::Saved), Ordering::Release);
+        shared.stop.store(true, Ordering::Release);
+        let _ = shared.over.write(1);
+        // A vCPU may be about to enter KVM_RUN when it is kicked and miss it, so
+        // kick until all have noticed.
+        while shared.running.load(Ordering::Acquire) != 0 {
+            for number in 0..shared.ids.len() {
+                shared.kick(number);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let dumps: Vec<String> = threads
+            .into_iter()
+            .filter_map(|t| t.join().ok().flatten())
+            .collect();
+        match first {
+            // A vCPU may come to an end of its own while it gets ready to be saved.
+            Some(Exit::Saved) => rx.try_recv().unwrap_or(Exit::Saved),
+            Some(exit) => exit,
+            None => Exit::TimedOut {
+                dump: dumps.concat(),
+            },
+        }
+    });
+    // For another time.
+    let _ = shared.over.read();
+    for id in &shared.ids {
+        id.store(0, Ordering::Release);
+    }
+    for tid in &shared.tids {
+        tid.store(0, Ordering::Release);
+    }
+    shared.stop.store(false, Ordering::Release);
+    shared.saving.store(false, Ordering::Release);
+    exit
+}
+
+/// The machine as it goes into a file. Its vCPUs are at rest.
+fn contents(
+    config: &Config,
+    mem: &Memory,
+    vm: Option<&VmFd>,
+    vcpus: &[VcpuFd],
+    shared: &Shared<'_>,
+) -> Result<Contents> {
+    let vm = vm.ok_or_else(|| Error::Stack("a machine that is shuffled cannot be saved".into()))?;
+    if config.all_begin && config.cpus > 1 {
+        return Err(Error::Stack(
+            "a payload with two processors cannot be saved".into(),
+        ));
+    }
+    let kvm = Machine::open_kvm()?;
+    let (bus, owner) = shared.bus().save()?;
+    Ok(Contents {
+        kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease")
+            .unwrap_or_default()
+            .trim()
+            .to_owned(),
+        mib: mem.mib(),
+        touch_pages: mem.touch_pages(),
+        pit: config.pit,
+        all_begin: config.all_begin,
+        vm: VmState::save(vm, config.pit)?,
+        vcpus: vcpus
+            .iter()
+            .map(|vcpu| VcpuState::save(&kvm, vcpu))
+            .collect::<Result<_>>()?,
+        bus,
+        owner,
+    })
+}
+
+/// Waits until `fd` is readable; false when `over` is.
+fn wait_for(fd: RawFd, over: &EventFd) -> bool {
+    use std::os::fd::AsRawFd;
+    let poll = |fd| libc::pollfd {
+        fd,
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    let mut polls = [poll(fd), poll(over.as_raw_fd())];
+    // SAFETY: the array is ours and its length is the one given.
+    unsafe { libc::poll(polls.as_mut_ptr(), 2, -1) >= 0 && polls[1].revents == 0 }
 }
 
 /// Makes a VM with its interrupt controllers and its memory, and no vCPU yet.
@@ -450,26 +686,12 @@ impl Escape {
     }
 }
 
-/// Feeds what is typed at `fd` to COM1 until `over` becomes readable. True when the
+/// Feeds what is typed at `fd` to COM1 until the machine is over. True when the
 /// escape was typed.
-fn read_terminal(fd: RawFd, escape: &mut Option<Escape>, bus: &Mutex<Bus>, over: &EventFd) -> bool {
-    use std::os::fd::AsRawFd;
-    let mut polls = [
-        libc::pollfd {
-            fd,
-            events: libc::POLLIN,
-            revents: 0,
-        },
-        libc::pollfd {
-            fd: over.as_raw_fd(),
-            events: libc::POLLIN,
-            revents: 0,
-        },
-    ];
+fn read_terminal(fd: RawFd, escape: &mut Option<Escape>, shared: &Shared<'_>) -> bool {
     let mut buf = [0u8; 64];
     loop {
-        // SAFETY: the array is ours and its length is the one given.
-        if unsafe { libc::poll(polls.as_mut_ptr(), 2, -1) } < 0 || polls[1].revents != 0 {
+        if !wait_for(fd, &shared.over) {
             return false;
         }
         // SAFETY: reads at most the buffer's length into the buffer.
@@ -486,15 +708,12 @@ fn read_terminal(fd: RawFd, escape: &mut Option<Escape>, bus: &Mutex<Bus>, over:
         };
         let mut rest = &typed[..];
         while !rest.is_empty() {
-            let taken = bus
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .type_in(rest);
+            let taken = shared.bus().type_in(rest);
             rest = &rest[taken..];
             if taken == 0 {
                 // The guest has not read its 64 bytes yet.
                 std::thread::sleep(Duration::from_millis(10));
-                if over.read().is_ok() {
+                if shared.stopped() {
                     return false;
                 }
             }

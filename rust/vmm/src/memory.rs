@@ -100,7 +100,7 @@ pub struct Memory {
     guest: GuestMemoryMmap,
     touch: Option<Mapping>,
     spare: Mapping,
-    _main: Vec<Mapping>,
+    main: Vec<Mapping>,
 }
 
 impl Memory {
@@ -136,7 +136,7 @@ impl Memory {
             guest,
             touch,
             spare: Mapping::new(SPARE_PAGES * PAGE, libc::MADV_NOHUGEPAGE)?,
-            _main: main,
+            main,
         })
     }
 
@@ -263,6 +263,20 @@ impl Memory {
                 })
             })
             .collect()
+    }
+
+    /// Start and length of every mapping, main memory first.
+    pub(crate) fn regions(&self) -> Vec<(*mut u8, usize)> {
+        self.main
+            .iter()
+            .chain(&self.touch)
+            .map(|m| (m.start, m.len))
+            .collect()
+    }
+
+    /// MiB of main memory.
+    pub(crate) fn mib(&self) -> u64 {
+        self.guest.iter().map(|r| r.len()).sum::<u64>() >> 20
     }
 
     /// Number of the touch region's memory slot: the one behind those of main memory.

@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use protocol::{Boot, Command, Config as Round, PayloadInfo};
@@ -19,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::console::untag;
 use crate::cpio::Archive;
 use crate::device::{Host, Source};
+use crate::door::Door;
 use crate::files::{Files, DIR};
 use crate::machine::{self, Exit, Machine};
 use crate::memory::{Memory, PAGE};
@@ -170,6 +172,11 @@ pub trait Handler: Send {
 
     /// Raw bytes of an interactive console.
     fn raw(&mut self, _bytes: &[u8]) {}
+
+    /// What the handler needs to go on with the stack in another process.
+    fn save(&mut self) -> serde_json::Value {
+        serde_json::Value::Null
+    }
 }
 
 /// How a level's machine ended.
@@ -190,7 +197,7 @@ pub struct Outcome {
 }
 
 /// Options that are this level's alone.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Local {
     /// The terminal of an interactive stack.
     pub terminal: Option<RawFd>,
@@ -204,6 +211,30 @@ pub struct Local {
     pub churn: bool,
     /// Hand out the pages of the touch region through userfaultfd.
     pub missing: bool,
+    /// Where another process may ask for the stack to be saved.
+    pub door: Option<Arc<Door>>,
+}
+
+impl Local {
+    /// What it says of a machine; the rest is by default.
+    fn config(&self) -> machine::Config {
+        machine::Config {
+            limit: self.limit,
+            shuffle: self.shuffle,
+            roam: self.roam,
+            churn: self.churn,
+            missing: self.missing,
+            door: self.door.clone(),
+            ..machine::Config::default()
+        }
+    }
+}
+
+/// A stack as it goes into a file, beside its machine.
+#[derive(Serialize, Deserialize)]
+struct Saved {
+    spec: Spec,
+    handler: serde_json::Value,
 }
 
 /// Runs the machine of `spec.level`+1, with everything inside it, to its end.
@@ -217,8 +248,6 @@ pub fn run(spec: &Spec, files: &Files, local: Local, handler: &mut dyn Handler) 
     let config = machine::Config {
         cpus: spec.cpus_inside(),
         all_begin: !spec.runs_linux(),
-        roam: local.roam,
-        churn: local.churn,
         missing: local.missing && !spec.runs_linux(),
         pit: spec.runs_linux(),
         terminal: if spec.runs_linux() {
@@ -228,8 +257,7 @@ pub fn run(spec: &Spec, files: &Files, local: Local, handler: &mut dyn Handler) 
         },
         // In the levels between the escape is just two more characters.
         escape: spec.level == 0,
-        limit: local.limit,
-        shuffle: local.shuffle,
+        ..local.config()
     };
     let (mem, entry) = if spec.runs_linux() {
         let next = Spec {
@@ -251,14 +279,66 @@ pub fn run(spec: &Spec, files: &Files, local: Local, handler: &mut dyn Handler) 
         let entry = payload::load_payload(&mem, files.payload()?, info.as_bytes())?;
         (mem, entry)
     };
+    let machine = Machine::new(&kvm, config, mem, &entry)?;
+    go(machine, spec, files.module_here(), handler)
+}
+
+/// A stack that was read from a file.
+pub struct Stopped {
+    machine: Machine,
+    /// What it is.
+    pub spec: Spec,
+    /// What the handler had to say ([`Handler::save`]).
+    pub handler: serde_json::Value,
+}
+
+/// Reads the stack that was saved in `file`. `progress` gets bytes done and in all.
+pub fn read(file: &Path, local: &Local, progress: impl FnMut(u64, u64)) -> Result<Stopped> {
+    let kvm = Machine::open_kvm()?;
+    let config = machine::Config {
+        escape: true,
+        ..local.config()
+    };
+    let (machine, owner) = Machine::restore(&kvm, config, file, progress)?;
+    let saved: Saved = serde_json::from_value(owner).map_err(|e| Error::Image {
+        path: file.to_owned(),
+        what: format!("is no stack of this version: {e}"),
+    })?;
+    saved.spec.check()?;
+    Ok(Stopped {
+        machine,
+        spec: saved.spec,
+        handler: saved.handler,
+    })
+}
+
+impl Stopped {
+    /// Runs it from where it was to its end; `terminal` is that of an interactive stack.
+    pub fn go_on(
+        mut self,
+        files: &Files,
+        terminal: Option<RawFd>,
+        handler: &mut dyn Handler,
+    ) -> Result<Outcome> {
+        self.machine.set_terminal(terminal);
+        go(self.machine, &self.spec, files.module_here(), handler)
+    }
+}
+
+fn go(
+    machine: Machine,
+    spec: &Spec,
+    module: PathBuf,
+    handler: &mut dyn Handler,
+) -> Result<Outcome> {
     let mut level = Level {
         spec,
-        module: files.module_here(),
+        module,
         handler,
         failed: None,
         started: (0, 0),
     };
-    let report = Machine::new(&kvm, config, mem, &entry)?.run(&mut level)?;
+    let report = machine.run(&mut level)?;
     match level.failed {
         Some(e) => Err(e),
         None => Ok(Outcome {
@@ -322,6 +402,14 @@ impl Host for Level<'_> {
 
     fn raw(&mut self, bytes: &[u8]) {
         self.handler.raw(bytes);
+    }
+
+    fn save(&mut self) -> serde_json::Value {
+        let saved = Saved {
+            spec: self.spec.clone(),
+            handler: self.handler.save(),
+        };
+        serde_json::to_value(saved).unwrap_or_default()
     }
 
     fn command(&mut self) -> u32 {

@@ -125,23 +125,31 @@ pub(crate) struct Place<'a, 'b> {
     pub(crate) work: &'a Work,
     /// Its number, 0 for the boot processor.
     pub(crate) number: usize,
+    /// The machine is to end, or to rest.
+    pub(crate) stop: &'a AtomicBool,
+    /// It is to be saved.
+    pub(crate) saving: &'a AtomicBool,
 }
 
-/// Runs until the machine ends or `stop` is set; `None` for the latter. With a shuffler, goes on in
-/// a new VM whenever the flag beside it says so.
+/// Runs until the machine ends or is to stop; `None` for the latter. If it is to be saved, nothing of the last exit is then
+/// left to be completed. With a shuffler, goes on in a new VM whenever the flag beside it says so.
 pub(crate) fn run(
     vcpu: &mut VcpuFd,
     place: &Place,
-    stop: &AtomicBool,
     mut shuffle: Option<(&mut Shuffler, &AtomicBool)>,
 ) -> Option<Exit> {
     // A panic under the lock ends the process (panic=abort), so poison means little.
     let lock = || place.bus.lock().unwrap_or_else(PoisonError::into_inner);
-    while !stop.load(Ordering::Acquire) {
-        let due = shuffle.as_mut().is_some_and(|(shuffler, due)| {
-            shuffler.exit(due);
-            due.load(Ordering::Relaxed)
-        });
+    loop {
+        let settle = place.stop.load(Ordering::Acquire);
+        if settle && !place.saving.load(Ordering::Acquire) {
+            return None;
+        }
+        let due = settle
+            || shuffle.as_mut().is_some_and(|(shuffler, due)| {
+                shuffler.exit(due);
+                due.load(Ordering::Relaxed)
+            });
         // With this KVM_RUN only completes what the last exit has left to do, and then says EINTR; or it
         // makes an exit of its own, such as for the next element of a string.
         vcpu.set_kvm_immediate_exit(due.into());
@@ -153,7 +161,7 @@ pub(crate) fn run(
             }
             // Not under the lock of the bus: it may take long.
             Ok(VcpuExit::IoIn(NEXT_WORK, data)) => {
-                let next = place.work.next(place.number, stop).to_le_bytes();
+                let next = place.work.next(place.number, place.stop).to_le_bytes();
                 let n = data.len().min(next.len());
                 data[..n].copy_from_slice(&next[..n]);
                 continue;
@@ -180,6 +188,7 @@ pub(crate) fn run(
             Ok(VcpuExit::InternalError) => Bad::Internal,
             Ok(VcpuExit::Intr) => continue,
             Ok(other) => Bad::Other(format!("exit to user space that nobody handles: {other:?}")),
+            Err(e) if settle && matches!(e.errno(), libc::EINTR | libc::EAGAIN) => return None,
             Err(e) if e.errno() == libc::EINTR && due => Bad::Shuffle,
             Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => continue,
             Err(e) => Bad::Other(format!("KVM_RUN: {e}")),
@@ -198,7 +207,6 @@ pub(crate) fn run(
         };
         return Some(explain(vcpu, bad));
     }
-    None
 }
 
 /// What an OUT of up to 32 bits writes.
