@@ -84,8 +84,8 @@ struct Crowd {
 impl Crowd {
     fn new(pages: u64, demand: bool, order: Order) -> Result<Crowd, VmxError> {
         let mut tables = Tables::new(LowMemory::new(), pages, true);
-        let world = World::new(GROUP, pages);
-        drop(world);
+        // Fills the frames.
+        World::new(GROUP, pages);
         for page in 0..pages {
             tables.set(1, page, if demand { 0 } else { plain(frame(page)) });
         }

@@ -124,8 +124,7 @@ impl Slots {
                 log!("{}/page {:#x}: FAIL: left for {}", GROUP, step.page(), exit);
                 Ok(Then::Skip)
             })?;
-            for at in 0..self.toucher.steps().len() {
-                let step = self.toucher.steps()[at];
+            for (step, &written) in self.toucher.steps().iter().zip(&written) {
                 // Which page of memory that is.
                 let number = match behind {
                     Behind::Memory(up) => step.page().checked_sub(up),
@@ -135,7 +134,7 @@ impl Slots {
                 let word = number.and_then(|number| self.words.get_mut(number as usize));
                 if step.access() == Access::Write {
                     if let (Some(word), Behind::Memory(_)) = (word, behind) {
-                        *word = written[at];
+                        *word = written;
                     }
                     continue;
                 }
