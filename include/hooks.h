@@ -58,6 +58,7 @@
 	CALL(skip_instruction, kvm, kvm_skip_emulated_instruction, 1)	\
 	CALL(free_roots, kvm, kvm_mmu_free_roots, 3)			\
 	CALL(gfn_to_memslot, kvm, kvm_vcpu_gfn_to_memslot, 2)		\
+	CALL(vm_gfn_to_memslot, kvm, gfn_to_memslot, 2)			\
 	CALL(write_guest_page, kvm, kvm_write_guest_page, 5)		\
 	CALL(read_guest_atomic, kvm, kvm_vcpu_read_guest_atomic, 4)	\
 	CALL(topup_mmu_caches, kvm, mmu_topup_memory_caches, 2)		\

@@ -11,6 +11,7 @@
 #include <linux/gfp.h>
 #include <linux/kobject.h>
 #include <linux/kprobes.h>
+#include <linux/kthread.h>
 #include <linux/mm.h>
 #include <linux/mm_types.h>
 #include <linux/module.h>
@@ -22,6 +23,7 @@
 #include <linux/sched.h>
 #include <linux/srcu.h>
 #include <linux/sysfs.h>
+#include <linux/uaccess.h>
 #include "vmx/vmx.h"
 #include "vmx/nested.h"
 #include "vmx/vmcs12.h"
@@ -58,6 +60,9 @@ enum {
 	MTK_SPTE_NONPRESENT = SHADOW_NONPRESENT_VALUE,
 	MTK_SPTE_PRESENT = SPTE_MMU_PRESENT_MASK,
 	MTK_SPTE_HUGE = PT_PAGE_SIZE_MASK,
+	MTK_MMU_HASH = KVM_NUM_MMU_PAGES,
+	MTK_MEMSLOT_INVALID = KVM_MEMSLOT_INVALID,
+	MTK_USER_MEM_SLOTS = KVM_USER_MEM_SLOTS,
 };
 
 /* Bits of kvm_vcpu_arch.regs_avail. */

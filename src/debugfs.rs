@@ -3,7 +3,7 @@
 //!
 //! `exits_enable` takes 0 or 1; `exits` has a line for each basic exit reason that occurred:
 //! reason, exits from L1, exits from L2 and deeper. `learned` has a line for each vCPU and path that learns VMCS
-//! fields: thread, path, fields.
+//! fields: thread, path, fields. Reading `ept02` walks EPT02 of every VM and says what is wrong with it.
 
 use crate::{control, path, state};
 use kernel::{
@@ -23,6 +23,8 @@ pub(crate) struct Files {
     enable: File<()>,
     #[pin]
     learned: File<()>,
+    #[pin]
+    ept02: File<()>,
     _dir: Dir,
 }
 
@@ -54,6 +56,10 @@ fn show_learned(_: &(), f: &mut fmt::Formatter<'_>) -> fmt::Result {
     result
 }
 
+fn show_ept02(_: &(), f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    path::prefault::walk::show(f)
+}
+
 fn show_enable(_: &(), f: &mut fmt::Formatter<'_>) -> fmt::Result {
     writeln!(f, "{}", u8::from(control::accounting()))
 }
@@ -77,6 +83,7 @@ impl Files {
             exits <- dir.read_callback_file(c_str!("exits"), (), &show_exits),
             enable <- dir.read_write_callback_file(c_str!("exits_enable"), (), &show_enable, &store_enable),
             learned <- dir.read_callback_file(c_str!("learned"), (), &show_learned),
+            ept02 <- dir.read_callback_file(c_str!("ept02"), (), &show_ept02),
             _dir: dir,
         })
     }

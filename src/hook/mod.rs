@@ -86,6 +86,7 @@ call_ids! {
     SKIP_INSTRUCTION = mtk_call_id_MTK_CALL_skip_instruction;
     FREE_ROOTS = mtk_call_id_MTK_CALL_free_roots;
     GFN_TO_MEMSLOT = mtk_call_id_MTK_CALL_gfn_to_memslot;
+    VM_GFN_TO_MEMSLOT = mtk_call_id_MTK_CALL_vm_gfn_to_memslot;
     WRITE_GUEST_PAGE = mtk_call_id_MTK_CALL_write_guest_page;
     READ_GUEST_ATOMIC = mtk_call_id_MTK_CALL_read_guest_atomic;
     TOPUP_MMU_CACHES = mtk_call_id_MTK_CALL_topup_mmu_caches;

@@ -5,7 +5,7 @@
 //! logging and write protection right. What is here finds out where it may be asked to.
 
 use super::{guest_memory::PAGE, vcpu::read, vmx, Vcpu};
-use crate::{bindings, hook::CallId};
+use crate::{bindings, hook::CallId, policy::ept::Rights};
 use core::{
     marker::PhantomData,
     mem::MaybeUninit,
@@ -136,6 +136,15 @@ impl MmuLock {
         unsafe { (&raw const (*self.kvm).mmu_invalidate_in_progress).read() != 0 }
     }
 
+    /// Whether somebody waits for the lock (`rwlock_is_contended()`).
+    pub(crate) fn is_contended(&self) -> bool {
+        // SAFETY: A vCPU's VM outlives it; what queues behind the lock's holder holds the lock for waiting.
+        unsafe {
+            let lock = &raw const (*self.kvm).mmu_lock.raw_lock.wait_lock;
+            lock.cast::<u32>().read_volatile() != 0
+        }
+    }
+
     fn is_obsolete(&self, sp: *const bindings::kvm_mmu_page) -> bool {
         // SAFETY: A shadow page in use stays while the lock is held; its VM as well.
         unsafe {
@@ -185,9 +194,8 @@ impl MmuLock {
         let role = unsafe { page.role.__bindgen_anon_1 };
         if page.tdp_mmu_page
             || page.spt != entries
-            || page.shadowed_translation.is_null()
+            || page.shadowed_translation.is_null() == (role.direct() == 0)
             || role.level() != 1
-            || role.direct() != 0
             || role.ad_disabled() != 0
             || role.guest_mode() == 0
             || role.smm() != 0
@@ -200,7 +208,7 @@ impl MmuLock {
             vcpu: self.vcpu,
             entries,
             translations: page.shadowed_translation,
-            table: page.gfn << PAGE_SHIFT,
+            gfn: page.gfn,
             unsync: page.unsync,
             granted: u64::from(role.access()),
         })
@@ -226,18 +234,20 @@ pub(super) fn mark_accessed(entry: &AtomicU64) {
     }
 }
 
-/// A table of EPT02 with entries for pages of 4 KiB that shadows one of EPT12.
+/// A table of EPT02 with entries for pages of 4 KiB that shadows one of EPT12, or a large page of EPT12 (KVM calls it
+/// direct).
 ///
 /// # Invariants
 ///
-/// The lock is held: entries are alive, `translations` has as many, and what they were made of stays.
+/// The lock is held: entries are alive, `translations` has as many or is null for a direct table, and what they were
+/// made of stays.
 pub(crate) struct Leaf<'l> {
     lock: PhantomData<&'l MmuLock>,
     vcpu: Vcpu,
     entries: *mut u64,
     translations: *mut u64,
-    /// Where L1 has the table that is shadowed.
-    table: u64,
+    /// Frame of L1's memory where the table is that is shadowed, or the first one that a direct table maps.
+    gfn: u64,
     /// L1 may write to that table without KVM's knowing; what is here may be stale until L1 flushes.
     unsync: bool,
     /// Rights that the upper levels of EPT12 grant, as `ACC_…_MASK`.
@@ -259,6 +269,11 @@ impl Leaf<'_> {
         self.granted
     }
 
+    /// The first frame of what a direct table maps; `None` if it shadows a table.
+    pub(crate) fn large_page(&self) -> Option<u64> {
+        self.translations.is_null().then_some(self.gfn)
+    }
+
     /// See the field.
     pub(crate) fn is_unsync(&self) -> bool {
         self.unsync
@@ -272,6 +287,12 @@ impl Leaf<'_> {
     /// Whether L2 has a page here.
     pub(crate) fn is_present(&self, index: usize) -> bool {
         self.entry(index) & PRESENT != 0
+    }
+
+    /// The rights that L2 has here, in KVM's numbers; `None` if it has no page.
+    pub(crate) fn rights(&self, index: usize, numbers: &Rights) -> Option<u64> {
+        let entry = self.entry(index);
+        (entry & PRESENT != 0).then(|| numbers.of(entry))
     }
 
     /// Whether nothing is here, neither a page nor a mark for MMIO.
@@ -292,6 +313,12 @@ impl Leaf<'_> {
 
     /// What the entry was made of; means something while it is present.
     pub(crate) fn translation(&self, index: usize) -> Translation {
+        if self.translations.is_null() {
+            return Translation {
+                gfn: self.gfn + (index % ENTRIES) as u64,
+                access: self.granted,
+            };
+        }
         // SAFETY: By the invariants of `Leaf`.
         let word = unsafe { self.translations.add(index % ENTRIES).read() };
         Translation {
@@ -301,7 +328,7 @@ impl Leaf<'_> {
     }
 
     /// Reads the entries of the table of EPT12 that are in `range`, at most `N`, without sleeping; `None` if they cannot
-    /// be read now.
+    /// be read now, or there is no table.
     #[inline(always)]
     pub(crate) fn read_ept12<'b, const N: usize>(
         &self,
@@ -309,12 +336,12 @@ impl Leaf<'_> {
         buffer: &'b mut [MaybeUninit<u64>; N],
     ) -> Option<&'b [u64]> {
         let count = range.len();
-        if count > N || range.end > ENTRIES {
+        if count > N || range.end > ENTRIES || self.translations.is_null() {
             return None;
         }
         let args = [
             self.vcpu.key(),
-            self.table as usize + range.start * 8,
+            ((self.gfn << PAGE_SHIFT) as usize) + range.start * 8,
             buffer.as_mut_ptr() as usize,
             count * 8,
         ];

@@ -23,6 +23,18 @@ pub struct Rights {
     pub user_exec: u64,
 }
 
+impl Rights {
+    /// The rights of an entry, in KVM's numbers.
+    #[inline(always)]
+    pub fn of(&self, entry: u64) -> u64 {
+        let right = |bit: u64, number: u64| if entry & bit != 0 { number } else { 0 };
+        right(READ, self.read)
+            | right(WRITE, self.write)
+            | right(EXEC, self.exec)
+            | right(USER_EXEC, self.user_exec)
+    }
+}
+
 /// A page that EPT02 may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Page {
@@ -48,11 +60,7 @@ pub fn page(entry: u64, reserved: u64, granted: u64, rights: &Rights) -> Option<
     {
         return None;
     }
-    let right = |bit: u64, number: u64| if entry & bit != 0 { number } else { 0 };
-    let mut access = rights.read
-        | right(WRITE, rights.write)
-        | right(EXEC, rights.exec)
-        | right(USER_EXEC, rights.user_exec);
+    let mut access = rights.of(entry);
     if entry & DIRTY == 0 {
         access &= !rights.write;
     }

@@ -12,6 +12,7 @@ pub mod learn;
 pub mod masks;
 pub mod mode;
 pub mod operand;
+pub mod reach;
 pub mod role;
 pub mod segments;
 pub mod set;

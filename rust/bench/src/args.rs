@@ -106,9 +106,21 @@ pub struct BenchArgs {
     #[arg(long, requires = "test")]
     pub pair: bool,
 
+    /// With --test: give the payload four processors, for the group `ept_crowd`
+    #[arg(long, requires = "test", conflicts_with_all = ["pair", "shuffle"])]
+    pub crowd: bool,
+
     /// With --test: move L1's vCPUs across this host's processors all the time
     #[arg(long, requires = "test")]
     pub roam: bool,
+
+    /// With --test: make, move and delete a memory slot beside L1's memory all the time, and fork
+    #[arg(long, requires = "test", conflicts_with = "shuffle")]
+    pub churn: bool,
+
+    /// With --test: hand out the pages that the tests are about through userfaultfd (--depth 1)
+    #[arg(long, requires = "test")]
+    pub userfaultfd: bool,
 
     /// Do this operation once between the emulator's profile marks, at one depth and in one
     /// configuration (see scripts/profile)
@@ -189,6 +201,8 @@ impl BenchArgs {
             limit: self.timeout.map(Duration::from_secs),
             shuffle: self.shuffle,
             roam: self.roam,
+            churn: self.churn,
+            missing: self.userfaultfd,
             ..Local::default()
         }
     }

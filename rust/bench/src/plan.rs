@@ -64,7 +64,7 @@ fn cost(op: Op, level: u32) -> f64 {
         Op::VmptrldSame => 3_000.0,
         Op::VmptrldSwitch => 6_500.0,
         Op::VmclearVmptrld => 9_800.0,
-        Op::TouchWarm => 2_000.0,
+        Op::TouchWarm | Op::TouchLarge => 2_000.0,
         Op::TouchReflected => 23_000.0,
         Op::TouchUnmapped => 3_700.0,
         Op::TouchCold => 8_600.0,

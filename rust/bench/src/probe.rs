@@ -57,6 +57,10 @@ impl Handler for Probe {
                     .errors
                     .push(format!("a test line before any test: {text}")),
             },
+            Line::Note(text) if level == self.level => {
+                let config = self.logs.last().map_or("", |log| log.config.name());
+                println!("{config}: {text}");
+            }
             Line::Error(what) => self.errors.push(what.to_owned()),
             _ if self.verbose => println!("L{level}| {line}"),
             _ => {}
@@ -100,7 +104,11 @@ pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
                 args: format!(
                     "tests={};cpus={}",
                     args.tests,
-                    if args.pair { 2 } else { 1 }
+                    match (args.crowd, args.pair) {
+                        (true, _) => 4,
+                        (_, true) => 2,
+                        _ => 1,
+                    }
                 ),
             },
         )
@@ -128,6 +136,12 @@ pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
     }
     if args.roam {
         println!("moved {} times", outcome.moves);
+    }
+    if args.churn {
+        println!("churned {} times", outcome.churns);
+    }
+    if args.userfaultfd {
+        println!("handed out {} pages", outcome.given);
     }
     for error in &probe.errors {
         eprintln!("matryoshka: L{level}: {error}");

@@ -111,7 +111,7 @@ impl<'a> Session<'a> {
             }
             Line::Unknown(line) if line.contains("MTK hello") || line.contains("MTK tests") => {}
             Line::Boot(_) => {}
-            Line::Test(text) | Line::Unknown(text) | Line::Text(text) => {
+            Line::Test(text) | Line::Note(text) | Line::Unknown(text) | Line::Text(text) => {
                 self.progress.print(&format!("L{}| {text}", self.level));
             }
         }

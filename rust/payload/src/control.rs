@@ -39,6 +39,13 @@ pub fn compare(pages: u32) -> (u32, u32) {
     (found & 0xffff, found >> 16)
 }
 
+/// Has EPT02 compared with EPT12, where there is a module that can: what is wrong, and how many entries were seen.
+pub fn walk() -> (u32, u32) {
+    touch(ports::touch::WALK, 0);
+    let found = cpu::in32(ports::TOUCH);
+    (found & 0xffff, found >> 16)
+}
+
 /// Ends the payload.
 pub fn done(exit: Exit) -> ! {
     loop {

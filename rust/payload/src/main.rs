@@ -52,8 +52,8 @@ extern "C" fn payload_main(info: *const PayloadInfo) -> ! {
         error!("{why}");
         control::done(Exit::NoVmx);
     }
-    if info.arg("cpus") == Some("2") {
-        second::start();
+    if let Some(cpus) = info.arg("cpus").and_then(|cpus| cpus.parse().ok()) {
+        second::start(cpus);
     }
     let mut meter = measure::Meter::new(info, backdoor);
     let mut failed = false;

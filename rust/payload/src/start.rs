@@ -13,10 +13,9 @@ global_asm!(
     "    cli",
     "    cld",
     "    lea rsp, [rip + boot_stack + {stack}]",
-    "    test esi, esi",
-    "    jz 2f",
-    "    add rsp, {stack}",
-    "2:",
+    "    mov eax, esi",
+    "    imul rax, rax, {stack}",
+    "    add rsp, rax",
     "    mov rax, cr0",
     "    and eax, ~(1 << 2 | 1 << 3)", // EM, TS
     "    or eax, 1 << 1 | 1 << 5 | 1 << 16", // MP, NE, WP
@@ -29,15 +28,17 @@ global_asm!(
     "    jnz 3f",
     "    call {main}",
     "    ud2",
-    "3:  call {second}",
+    "3:  mov edi, esi",
+    "    call {second}",
     "    ud2",
     ".section .bss.boot_stack, \"aw\", @nobits",
     ".align 16",
     ".global boot_stack",
     "boot_stack:",
-    "    .skip {stack} * 2",
+    "    .skip {stack} * {cpus}",
     ".text",
     stack = const STACK,
+    cpus = const crate::second::MOST,
     main = sym crate::payload_main,
     second = sym crate::second::main,
 );
@@ -49,5 +50,5 @@ extern "C" {
 /// Is that address on one of the payload's own stacks, rather than on its child's?
 pub fn on_stack(address: u64) -> bool {
     let bottom = &raw const boot_stack as u64;
-    (bottom..=bottom + 2 * STACK as u64).contains(&address)
+    (bottom..=bottom + (crate::second::MOST * STACK) as u64).contains(&address)
 }

@@ -10,6 +10,7 @@ use core::mem::size_of;
 
 use crate::control::{self, Exit};
 use crate::error;
+use crate::second::MOST;
 
 /// Selector of the 64-bit code segment.
 pub const CODE: u16 = 0x08;
@@ -212,7 +213,7 @@ extern "C" {
 struct Tss([u32; 26]);
 
 #[repr(C, align(16))]
-struct Gdt([u64; 7]);
+struct Gdt([u64; 3 + 2 * MOST]);
 
 #[repr(C, align(16))]
 struct Idt([[u64; 2]; VECTORS]);
@@ -223,8 +224,13 @@ struct Pointer {
     base: u64,
 }
 
-static mut TASKS: [Tss; 2] = [const { Tss([0; 26]) }; 2];
-static mut GDT: Gdt = Gdt([0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0, 0, 0, 0]);
+static mut TASKS: [Tss; MOST] = [const { Tss([0; 26]) }; MOST];
+static mut GDT: Gdt = {
+    let mut gdt = [0; 3 + 2 * MOST];
+    gdt[1] = 0x00af_9b00_0000_ffff;
+    gdt[2] = 0x00cf_9300_0000_ffff;
+    Gdt(gdt)
+};
 static mut IDT: Idt = Idt([[0; 2]; VECTORS]);
 
 /// Address of the GDT.
@@ -248,7 +254,7 @@ pub fn init() {
     let (gdt, idt) = (&raw mut GDT, &raw mut IDT);
     // SAFETY: single-threaded start-up; the statics are not otherwise borrowed.
     unsafe {
-        for cpu in 0..2 {
+        for cpu in 0..MOST {
             let tss = tss_base() + (cpu * size_of::<Tss>()) as u64;
             (*gdt).0[3 + 2 * cpu] =
                 limit | (tss & 0xff_ffff) << 16 | 0x89 << 40 | (tss >> 24 & 0xff) << 56;
@@ -265,9 +271,9 @@ pub fn init() {
     load(TSS);
 }
 
-/// Installs the tables on the second processor.
-pub fn init_second() {
-    load(TSS + 16);
+/// Installs the tables on another processor.
+pub fn init_other(number: usize) {
+    load(TSS + 16 * number as u16);
 }
 
 fn load(task: u16) {

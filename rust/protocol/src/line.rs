@@ -105,6 +105,8 @@ pub enum Line<'a> {
     Boot(Boot),
     /// A line of the correctness log, without mark.
     Test(&'a str),
+    /// Something that tests measured, which varies: no part of the log.
+    Note(&'a str),
     /// Something went wrong; the text says what.
     Error(&'a str),
     /// A marked line that this version does not know, or cannot read.
@@ -127,6 +129,7 @@ impl<'a> Line<'a> {
             "start" => Op::from_name(rest).map_or(Line::Unknown(line), Line::Start),
             "boot" => parse_boot(rest).map_or(Line::Unknown(line), Line::Boot),
             "test" => Line::Test(rest),
+            "note" => Line::Note(rest),
             "error" => Line::Error(rest),
             _ => Line::Unknown(line),
         }

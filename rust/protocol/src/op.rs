@@ -31,6 +31,8 @@ pub enum Op {
     VmclearVmptrld,
     /// The child's first touch of pages that the payload's EPT maps and L0 has backed.
     TouchWarm,
+    /// The same where the payload's EPT has pages of 2 MiB, and L0 small ones.
+    TouchLarge,
     /// The child's first touch of pages that the payload's EPT does not map yet; the payload maps one
     /// on each EPT violation.
     TouchReflected,
@@ -44,7 +46,7 @@ pub enum Op {
 
 impl Op {
     /// Every operation, in the order of a report.
-    pub const EVERY: [Op; 17] = [
+    pub const EVERY: [Op; 18] = [
         Op::Hypercall,
         Op::HypercallLean,
         Op::HypercallEpt,
@@ -58,6 +60,7 @@ impl Op {
         Op::VmptrldSwitch,
         Op::VmclearVmptrld,
         Op::TouchWarm,
+        Op::TouchLarge,
         Op::TouchReflected,
         Op::TouchUnmapped,
         Op::TouchCold,
@@ -80,6 +83,7 @@ impl Op {
             Op::VmptrldSwitch => "vmptrld_switch",
             Op::VmclearVmptrld => "vmclear_vmptrld",
             Op::TouchWarm => "touch_warm",
+            Op::TouchLarge => "touch_large",
             Op::TouchReflected => "touch_reflected",
             Op::TouchUnmapped => "touch_unmapped",
             Op::TouchCold => "touch_cold",
@@ -105,6 +109,7 @@ impl Op {
                 | Op::HypercallLean
                 | Op::HypercallEpt
                 | Op::TouchWarm
+                | Op::TouchLarge
                 | Op::TouchReflected
         )
     }
@@ -113,7 +118,7 @@ impl Op {
     pub const fn is_touch(self) -> bool {
         matches!(
             self,
-            Op::TouchWarm | Op::TouchReflected | Op::TouchUnmapped | Op::TouchCold
+            Op::TouchWarm | Op::TouchLarge | Op::TouchReflected | Op::TouchUnmapped | Op::TouchCold
         )
     }
 }

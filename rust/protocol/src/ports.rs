@@ -15,10 +15,11 @@ pub const DONE: u16 = 0x4D08;
 pub const TOUCH: u16 = 0x4D0C;
 /// Nothing happens, in the VMM's user space: the `pio` operation. 32-bit OUT.
 pub const NOP: u16 = 0x4D10;
-/// Work for a payload's second processor, 32-bit OUT of a word that its [`NEXT_WORK`] then gives.
+/// Work for a payload's other processors, 32-bit OUT: bits 7:0 are the word that their [`NEXT_WORK`] then gives, bits
+/// 31:8 say which processors are to have it (bit 9 the second one).
 pub const GIVE_WORK: u16 = 0x4D04;
-/// On the second processor the next word of work, which it waits for; being back here it is done with
-/// the last one. On the first one it waits for that. 32-bit IN.
+/// On any processor but the first the next word of work, which it waits for; being back here it is done with
+/// the last one. On the first one it waits until all are. 32-bit IN.
 pub const NEXT_WORK: u16 = 0x4D08;
 /// Number of 4 KiB pages in the touch region, 32-bit IN.
 pub const TOUCH_PAGES: u16 = 0x4D14;
@@ -36,7 +37,7 @@ pub const FIRST: u16 = CONSOLE;
 pub const END: u16 = 0x4D20;
 
 /// Words for [`TOUCH`]: bits 7:0 what to do, bits 31:8 how many pages from the start of the region
-/// (0: all of it).
+/// (0: all of it), or what else the request is about.
 pub mod touch {
     /// Drop the backing (MADV_DONTNEED).
     pub const DISCARD: u8 = 0;
@@ -50,6 +51,18 @@ pub mod touch {
     pub const COMPARE: u8 = 3;
     /// Log no longer.
     pub const UNLOG: u8 = 4;
+    /// Have the module in the VMM's kernel walk EPT02: bits 15:0 of the answer are what it found wrong, bits 31:16 how
+    /// many entries it saw. Nothing of either where there is no module.
+    pub const WALK: u8 = 5;
+    /// Take the rights out of the first entry of the table of EPT12 in the frame of that number, behind KVM's back; 0
+    /// gives them back.
+    pub const PLANT: u8 = 6;
+    /// Make the memory slot of the region anew, as one that can be read only.
+    pub const READ_ONLY: u8 = 7;
+    /// Take the memory slot away.
+    pub const GONE: u8 = 8;
+    /// Move the memory slot up by that many pages, or make it anew there as an ordinary one.
+    pub const MOVE: u8 = 9;
 
     /// Packs a request for the first `pages` pages; 0 asks for the whole region.
     pub const fn word(what: u8, pages: u32) -> u32 {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! The port I/O devices of a machine: COM1, the reset lines, the control device.
 
+use kvm_bindings::KVM_MEM_READONLY;
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
@@ -11,9 +12,11 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::console::{Collected, Lines};
 use crate::control as ctl;
 use crate::machine::Exit;
-use crate::memory::Memory;
+use crate::memory::{Memory, PAGE};
 use crate::{Error, Result};
 
+/// Where the module says what a walk of EPT02 finds.
+const EPT02: &str = "/sys/kernel/debug/matryoshka/ept02";
 /// COM1's first port.
 const COM1: u16 = 0x3f8;
 /// COM1's interrupt on a PC.
@@ -86,6 +89,15 @@ pub(crate) enum Flow {
     End(Exit),
 }
 
+/// What the touch region's memory slot is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Slot {
+    None,
+    Ordinary,
+    /// One that can be read only, which cannot be changed.
+    Fixed,
+}
+
 /// The devices.
 pub(crate) struct Bus<'a> {
     serial: Serial<Irq, NoEvents, Collected>,
@@ -99,8 +111,12 @@ pub(crate) struct Bus<'a> {
     vm: Option<&'a VmFd>,
     /// What was in the pages of the touch region when they were looked at last.
     sums: Vec<u64>,
-    /// What a comparison with the log of writes found.
+    /// What a comparison with the log of writes, or a walk of EPT02, found.
     compared: u32,
+    /// The touch region's memory slot.
+    slot: Slot,
+    /// The entry that was changed behind KVM's back: where, and what it was.
+    planted: Option<(GuestAddress, u64)>,
     /// KVM keeps a log of writes.
     logging: bool,
 }
@@ -123,15 +139,17 @@ impl<'a> Bus<'a> {
             vm,
             sums: Vec::new(),
             compared: 0,
+            slot: Slot::Ordinary,
+            planted: None,
             logging: false,
         }
     }
 
     /// What the devices hold, and what the host needs.
     pub(crate) fn save(&mut self) -> Result<(BusState, serde_json::Value)> {
-        if self.logging {
+        if self.logging || self.slot != Slot::Ordinary || self.planted.is_some() {
             return Err(Error::Stack(
-                "the guest has its writes logged just now; it runs on: try again later".into(),
+                "the guest has its writes logged or its memory moved just now; it runs on: try again later".into(),
             ));
         }
         let s = self.serial.state();
@@ -290,8 +308,62 @@ impl<'a> Bus<'a> {
                 self.compared = (lost as u32).min(0xffff) | (all.min(0xffff) << 16);
                 true
             }
+            (ctl::touch::WALK, _) => {
+                self.compared = self.walk();
+                true
+            }
+            (ctl::touch::PLANT, _) => self.plant(pages),
+            (ctl::touch::READ_ONLY, Some(vm)) => {
+                self.renew_slot(vm, Some((ctl::TOUCH_BASE, KVM_MEM_READONLY)), Slot::Fixed)
+            }
+            (ctl::touch::GONE, Some(vm)) => self.renew_slot(vm, None, Slot::None),
+            (ctl::touch::MOVE, Some(vm)) => {
+                let to = Some((ctl::TOUCH_BASE + u64::from(pages) * PAGE as u64, 0));
+                match self.slot {
+                    Slot::Ordinary => self.mem.slot_touch(vm, to),
+                    _ => self.renew_slot(vm, to, Slot::Ordinary),
+                }
+            }
             _ => false,
         }
+    }
+
+    /// Takes the touch region's slot away if it is there, and makes a new one.
+    fn renew_slot(&mut self, vm: &VmFd, to: Option<(u64, u32)>, new: Slot) -> bool {
+        let had = core::mem::replace(&mut self.slot, new) != Slot::None;
+        (!had || self.mem.slot_touch(vm, None)) && (to.is_none() || self.mem.slot_touch(vm, to))
+    }
+
+    /// Has the module here, if there is one, walk EPT02: what is wrong, and in the upper half how many entries it saw.
+    fn walk(&mut self) -> u32 {
+        let Ok(text) = std::fs::read_to_string(EPT02) else {
+            return 0;
+        };
+        for line in text.lines().filter(|line| line.starts_with("violation:")) {
+            self.host.line(Source::Control, &format!("vmm: {line}"));
+        }
+        let number = |name: &str| {
+            text.lines()
+                .find_map(|line| line.strip_prefix(name)?.trim().parse::<u64>().ok())
+                .unwrap_or(0)
+                .min(0xffff) as u32
+        };
+        number("violations ") | (number("entries ") << 16)
+    }
+
+    /// Takes the rights out of the first entry of the table in that frame, or gives those of the last one back.
+    fn plant(&mut self, frame: u32) -> bool {
+        const RIGHTS: u64 = 7;
+        let memory = self.mem.guest();
+        if let Some((at, entry)) = self.planted.take() {
+            return memory.write_obj(entry, at).is_ok();
+        }
+        let at = GuestAddress(u64::from(frame) * PAGE as u64);
+        let Ok(entry) = memory.read_obj::<u64>(at) else {
+            return false;
+        };
+        self.planted = Some((at, entry));
+        memory.write_obj(entry & !RIGHTS, at).is_ok()
     }
 
     /// The first `n` bytes of the mailbox, or as many as it has.

@@ -26,6 +26,7 @@ pub mod files;
 mod image;
 pub mod machine;
 pub mod memory;
+mod missing;
 pub mod module;
 pub mod mptable;
 pub mod parent;

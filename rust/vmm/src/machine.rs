@@ -19,6 +19,7 @@ use crate::device::{Bus, BusState, Host, Irq, COM1_IRQ};
 use crate::door::{Door, Job};
 use crate::image::{self, Contents};
 use crate::memory::Memory;
+use crate::missing::Missing;
 use crate::shuffle::{self, Shuffler};
 use crate::state::{VcpuState, VmState};
 use crate::work::{self, Work};
@@ -53,6 +54,11 @@ pub struct Config {
     pub all_begin: bool,
     /// Move the vCPUs' threads from one processor of the host to the other all the time.
     pub roam: bool,
+    /// Make, move and delete a memory slot that the guest does not use all the time, and have the host look for its
+    /// memory anew (fork).
+    pub churn: bool,
+    /// Hand out the pages of the touch region through userfaultfd.
+    pub missing: bool,
     /// Where another process may ask for the machine to be saved.
     pub door: Option<Arc<Door>>,
 }
@@ -68,6 +74,8 @@ impl Default for Config {
             shuffle: None,
             all_begin: false,
             roam: false,
+            churn: false,
+            missing: false,
             door: None,
         }
     }
@@ -129,6 +137,10 @@ pub struct Report {
     pub shuffles: shuffle::Counts,
     /// How often a vCPU was moved to another processor.
     pub moves: u64,
+    /// How often the spare memory slot changed.
+    pub churns: u64,
+    /// Pages that were handed out through userfaultfd.
+    pub given: u64,
 }
 
 /// A machine ready to run.
@@ -263,7 +275,11 @@ impl Machine {
         if let Some(state) = &state {
             bus.restore(state, Irq(another()?))?;
         }
-        let shared = Shared::new(bus, &config)?;
+        let mut shared = Shared::new(bus, &config, &mem)?;
+        shared.vm = fixed;
+        if config.missing {
+            shared.missing = mem.missing()?;
+        }
 
         shared.bus().started();
         let exit = loop {
@@ -294,6 +310,8 @@ impl Machine {
         };
         shared.bus().flush();
         let moves = shared.moves.load(Ordering::Relaxed);
+        let churns = shared.churns.load(Ordering::Relaxed);
+        let given = (shared.missing.as_ref()).map_or(0, |m| m.given.load(Ordering::Relaxed));
         drop(shared);
         let shuffles = shuffler.map_or_else(Default::default, |shuffler| shuffler.counts());
 
@@ -308,6 +326,8 @@ impl Machine {
             stats: totals,
             shuffles,
             moves,
+            churns,
+            given,
         })
     }
 }
@@ -333,11 +353,16 @@ struct Shared<'a> {
     tids: Vec<AtomicI32>,
     work: Work,
     moves: AtomicU64,
+    churns: AtomicU64,
+    /// The VM, unless it is replaced now and then.
+    vm: Option<&'a VmFd>,
+    mem: &'a Memory,
+    missing: Option<Missing>,
     deadline: Option<Instant>,
 }
 
 impl<'a> Shared<'a> {
-    fn new(bus: Bus<'a>, config: &'a Config) -> Result<Shared<'a>> {
+    fn new(bus: Bus<'a>, config: &'a Config, mem: &'a Memory) -> Result<Shared<'a>> {
         Ok(Shared {
             config,
             bus: Mutex::new(bus),
@@ -352,6 +377,10 @@ impl<'a> Shared<'a> {
             tids: (0..config.cpus).map(|_| AtomicI32::new(0)).collect(),
             work: Work::default(),
             moves: AtomicU64::new(0),
+            churns: AtomicU64::new(0),
+            vm: None,
+            mem,
+            missing: None,
             deadline: config.limit.map(|limit| Instant::now() + limit),
         })
     }
@@ -438,6 +467,21 @@ fn run_once(
                 }
             });
         }
+        if let (true, Some(vm)) = (shared.config.churn, shared.vm) {
+            s.spawn(move || {
+                let mut numbers = shuffle::Numbers::new(2);
+                while !shared.stopped() {
+                    let pause = numbers.around(4 * work::MOVE_US);
+                    std::thread::sleep(Duration::from_micros(pause));
+                    let turn = shared.churns.load(Ordering::Relaxed);
+                    let done = shared.mem.churn(vm, turn);
+                    shared.churns.fetch_add(done.into(), Ordering::Relaxed);
+                }
+            });
+        }
+        if let Some(missing) = &shared.missing {
+            s.spawn(move || missing.serve(&shared.stop));
+        }
         let threads: Vec<_> = vcpus
             .iter_mut()
             .enumerate()
@@ -453,7 +497,7 @@ fn run_once(
                     let place = vcpu::Place {
                         bus: &shared.bus,
                         work: &shared.work,
-                        first: number == 0,
+                        number,
                         stop: &shared.stop,
                         saving: &shared.saving,
                     };

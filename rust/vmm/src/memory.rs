@@ -10,6 +10,7 @@ use vm_memory::{
 };
 
 use crate::control::TOUCH_BASE;
+use crate::missing::Missing;
 use crate::{Error, Result};
 
 /// Bytes in a 4 KiB page.
@@ -21,6 +22,10 @@ const HUGE: usize = 2 << 20;
 /// RAM below 4 GiB ends here; the APICs and the TSS live above.
 const LOW_RAM_END: u64 = 0xc000_0000;
 const HIGH_RAM_START: u64 = 1 << 32;
+
+/// Pages of the memory slot that comes and goes where no guest looks, and where that is.
+const SPARE_PAGES: usize = 64;
+const SPARE_BASE: u64 = 0xb000_0000;
 
 /// An anonymous mapping of this process, aligned to 2 MiB.
 #[derive(Debug)]
@@ -94,6 +99,7 @@ pub struct Memory {
     // Field order is drop order: views first, the mappings under them last.
     guest: GuestMemoryMmap,
     touch: Option<Mapping>,
+    spare: Mapping,
     main: Vec<Mapping>,
 }
 
@@ -126,7 +132,12 @@ impl Memory {
         };
         let guest = GuestMemoryMmap::from_regions(regions)
             .map_err(|e| Error::Memory(format!("regions: {e}")))?;
-        Ok(Memory { guest, touch, main })
+        Ok(Memory {
+            guest,
+            touch,
+            spare: Mapping::new(SPARE_PAGES * PAGE, libc::MADV_NOHUGEPAGE)?,
+            main,
+        })
     }
 
     /// Main memory, for loading things into it.
@@ -171,6 +182,56 @@ impl Memory {
             userspace_addr: m.start as u64,
         };
         // SAFETY: the slot as it is, but for its flags; see `register`.
+        unsafe { vm.set_user_memory_region(region) }.is_ok()
+    }
+
+    /// Changes something about memory that the guest cannot notice; `turn` says what. False if that cannot be done.
+    pub(crate) fn churn(&self, vm: &VmFd, turn: u64) -> bool {
+        let slot = |base: u64, len: usize, flags| {
+            let region = kvm_userspace_memory_region {
+                slot: self.touch_slot() + 1,
+                flags,
+                guest_phys_addr: SPARE_BASE + base,
+                memory_size: len as u64,
+                userspace_addr: self.spare.start as u64,
+            };
+            // SAFETY: a slot of its own, whose mapping outlives the VM as that of all others.
+            unsafe { vm.set_user_memory_region(region) }.is_ok()
+        };
+        match turn % 5 {
+            0 => slot(0, self.spare.len, 0),
+            1 => slot(self.spare.len as u64 * 2, self.spare.len, 0),
+            2 => slot(
+                self.spare.len as u64 * 2,
+                self.spare.len,
+                KVM_MEM_LOG_DIRTY_PAGES,
+            ),
+            3 => slot(0, 0, 0),
+            // A copy on write of all memory: KVM is told to let go of each page.
+            _ => crate::work::fork_once(),
+        }
+    }
+
+    /// Whoever hands out the pages of the touch region from now on, if there is one.
+    pub(crate) fn missing(&self) -> Result<Option<Missing>> {
+        self.touch
+            .as_ref()
+            .map(|m| Missing::new(m.start as u64, m.len))
+            .transpose()
+    }
+
+    /// Puts the touch region's memory slot to a guest-physical address, with these flags; `None` takes it away.
+    pub(crate) fn slot_touch(&self, vm: &VmFd, to: Option<(u64, u32)>) -> bool {
+        let Some(m) = &self.touch else { return false };
+        let (guest_phys_addr, flags) = to.unwrap_or((TOUCH_BASE, 0));
+        let region = kvm_userspace_memory_region {
+            slot: self.touch_slot(),
+            flags,
+            guest_phys_addr,
+            memory_size: if to.is_some() { m.len as u64 } else { 0 },
+            userspace_addr: m.start as u64,
+        };
+        // SAFETY: the slot as `register` made it, elsewhere, with other flags, or without memory.
         unsafe { vm.set_user_memory_region(region) }.is_ok()
     }
 

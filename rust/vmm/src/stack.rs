@@ -114,11 +114,14 @@ impl Spec {
         self.level + 1 < self.depth || !matches!(self.inner, Inner::Payload { .. })
     }
 
-    /// vCPUs of the machine this level runs. A payload has two if its arguments say `cpus=2`.
+    /// vCPUs of the machine this level runs. A payload has as many as its arguments say (`cpus=`).
     fn cpus_inside(&self) -> u8 {
         match &self.inner {
             _ if self.runs_linux() => self.cpus,
-            Inner::Payload { args } if args.split([' ', ';']).any(|word| word == "cpus=2") => 2,
+            Inner::Payload { args } => args
+                .split([' ', ';'])
+                .find_map(|word| word.strip_prefix("cpus=")?.parse().ok())
+                .unwrap_or(1),
             _ => 1,
         }
     }
@@ -187,6 +190,10 @@ pub struct Outcome {
     pub shuffles: shuffle::Counts,
     /// How often a vCPU of it was moved to another processor.
     pub moves: u64,
+    /// How often the spare memory slot of this level's machine changed.
+    pub churns: u64,
+    /// Pages that this level handed out through userfaultfd.
+    pub given: u64,
 }
 
 /// Options that are this level's alone.
@@ -200,6 +207,10 @@ pub struct Local {
     pub shuffle: Option<u64>,
     /// Move this level's vCPUs across its processors all the time.
     pub roam: bool,
+    /// Change memory slots and the host's page tables beside the guest all the time.
+    pub churn: bool,
+    /// Hand out the pages of the touch region through userfaultfd.
+    pub missing: bool,
     /// Where another process may ask for the stack to be saved.
     pub door: Option<Arc<Door>>,
 }
@@ -211,6 +222,8 @@ impl Local {
             limit: self.limit,
             shuffle: self.shuffle,
             roam: self.roam,
+            churn: self.churn,
+            missing: self.missing,
             door: self.door.clone(),
             ..machine::Config::default()
         }
@@ -235,6 +248,7 @@ pub fn run(spec: &Spec, files: &Files, local: Local, handler: &mut dyn Handler) 
     let config = machine::Config {
         cpus: spec.cpus_inside(),
         all_begin: !spec.runs_linux(),
+        missing: local.missing && !spec.runs_linux(),
         pit: spec.runs_linux(),
         terminal: if spec.runs_linux() {
             local.terminal
@@ -332,6 +346,8 @@ fn go(
             stats: report.stats,
             shuffles: report.shuffles,
             moves: report.moves,
+            churns: report.churns,
+            given: report.given,
         }),
     }
 }

@@ -123,8 +123,8 @@ fn set_msrs(vcpu: &VcpuFd, vmx: bool) -> Result<()> {
 pub(crate) struct Place<'a, 'b> {
     pub(crate) bus: &'a Mutex<Bus<'b>>,
     pub(crate) work: &'a Work,
-    /// It is the boot processor.
-    pub(crate) first: bool,
+    /// Its number, 0 for the boot processor.
+    pub(crate) number: usize,
     /// The machine is to end, or to rest.
     pub(crate) stop: &'a AtomicBool,
     /// It is to be saved.
@@ -161,7 +161,7 @@ pub(crate) fn run(
             }
             // Not under the lock of the bus: it may take long.
             Ok(VcpuExit::IoIn(NEXT_WORK, data)) => {
-                let next = place.work.next(!place.first, place.stop).to_le_bytes();
+                let next = place.work.next(place.number, place.stop).to_le_bytes();
                 let n = data.len().min(next.len());
                 data[..n].copy_from_slice(&next[..n]);
                 continue;

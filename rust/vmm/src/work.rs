@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! Work that a payload's first processor gives its second one, and moving both across the host's.
+//! Work that a payload's first processor gives the others, and moving both across the host's.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
@@ -10,13 +10,18 @@ const LOOK: Duration = Duration::from_millis(20);
 /// Microseconds from one move to the next, on average.
 pub(crate) const MOVE_US: u64 = 400;
 
+/// Most processors that work can be given.
+const MOST: usize = 8;
+
 #[derive(Debug, Default)]
 struct State {
-    given: Option<u32>,
-    busy: bool,
+    /// What each processor is given.
+    given: [u32; MOST],
+    /// A bit for each processor that has not done what it was given.
+    busy: u32,
 }
 
-/// What passes between two processors of a payload.
+/// What passes between the processors of a payload.
 #[derive(Debug, Default)]
 pub(crate) struct Work {
     state: Mutex<State>,
@@ -24,31 +29,37 @@ pub(crate) struct Work {
 }
 
 impl Work {
-    /// The first processor gives a word.
+    /// The first processor gives a word: bits 7:0 what, bits 31:8 a bit for each processor that is to have it.
     pub(crate) fn give(&self, word: u32) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.given = Some(word);
-        state.busy = true;
+        let mask = word >> 8;
+        for (number, given) in state.given.iter_mut().enumerate() {
+            if (mask >> number) & 1 != 0 {
+                *given = word & 0xff;
+            }
+        }
+        state.busy |= mask;
         self.changed.notify_all();
     }
 
-    /// The second one waits for it (`second`), or the first for the second's being done with it. 0 if
+    /// Another processor (`number` above 0) waits for it, or the first for the others' being done with it. 0 if
     /// the machine ends meanwhile.
-    pub(crate) fn next(&self, second: bool, stop: &AtomicBool) -> u32 {
+    pub(crate) fn next(&self, number: usize, stop: &AtomicBool) -> u32 {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if second && state.given.is_none() {
-            state.busy = false;
+        if state.given.get(number) == Some(&0) {
+            state.busy &= !(1 << number);
             self.changed.notify_all();
         }
         while !stop.load(Ordering::Acquire) {
-            match second {
-                true => {
-                    if let Some(word) = state.given.take() {
+            match number {
+                0 if state.busy == 0 => return 0,
+                0 => {}
+                _ => {
+                    let given = state.given.get_mut(number).map(std::mem::take);
+                    if let Some(word) = given.filter(|&word| word != 0) {
                         return word;
                     }
                 }
-                false if !state.busy => return 0,
-                false => {}
             }
             let waited = self.changed.wait_timeout(state, LOOK);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -81,6 +92,21 @@ pub(crate) fn move_to(thread: libc::pid_t, cpu: usize) -> bool {
     }
 }
 
+/// Makes a child that ends at once. False if there can be none.
+pub(crate) fn fork_once() -> bool {
+    // SAFETY: the child does nothing but end, which is allowed after a fork of a process with threads.
+    unsafe {
+        match libc::fork() {
+            -1 => false,
+            0 => libc::_exit(0),
+            child => {
+                let mut status = 0;
+                libc::waitpid(child, &mut status, 0) == child
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -90,14 +116,18 @@ mod tests {
         let (work, stop) = (Work::default(), AtomicBool::new(false));
         std::thread::scope(|s| {
             s.spawn(|| {
-                assert_eq!(work.next(true, &stop), 7);
-                assert_eq!(work.next(true, &stop), 8);
-                assert_eq!(work.next(true, &stop), 0);
+                assert_eq!(work.next(1, &stop), 7);
+                assert_eq!(work.next(1, &stop), 8);
+                assert_eq!(work.next(1, &stop), 0);
             });
-            work.give(7);
-            work.next(false, &stop);
-            work.give(8);
-            work.next(false, &stop);
+            s.spawn(|| {
+                assert_eq!(work.next(3, &stop), 8);
+                assert_eq!(work.next(3, &stop), 0);
+            });
+            work.give(7 | (1 << 9));
+            work.next(0, &stop);
+            work.give(8 | (0b1010 << 8));
+            work.next(0, &stop);
             stop.store(true, Ordering::Release);
         });
         assert!(!processors().is_empty());

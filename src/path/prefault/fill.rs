@@ -6,7 +6,7 @@ use crate::{
     bindings,
     kvm::{
         self,
-        ept02::{Leaf, Translation, ENTRIES, PREFETCH},
+        ept02::{Leaf, MmuLock, Translation, ENTRIES, PREFETCH},
         Vcpu,
     },
     path::{CounterSet, Counters},
@@ -27,7 +27,7 @@ const CHUNK: usize = 64;
 /// Pages the host does not have, after which a fill gives up.
 const PATIENCE: usize = 4;
 
-const RIGHTS: Rights = Rights {
+pub(super) const RIGHTS: Rights = Rights {
     read: bindings::MTK_ACC_READ as u64,
     write: bindings::MTK_ACC_WRITE as u64,
     exec: bindings::MTK_ACC_EXEC as u64,
@@ -118,17 +118,38 @@ fn fill_chunk(vcpu: Vcpu, gpa: u64, range: Range<usize>, out: &mut Outcome) {
         out.reason = Some(Reason::NoTable);
         return;
     };
+    if leaf.large_page().is_some() {
+        let pages = range.map(|index| {
+            let Translation { gfn, access } = leaf.translation(index);
+            // What cannot be read is left to stock.
+            let readable = access & RIGHTS.read != 0;
+            (index, readable.then_some(Page { gfn, access }))
+        });
+        return fill_pages(vcpu, &lock, &leaf, pages, out);
+    }
     let mut buffer = [MaybeUninit::uninit(); CHUNK];
     let Some(entries) = leaf.read_ept12(range.clone(), &mut buffer) else {
         out.reason = Some(Reason::NotMapped);
         return;
     };
     let (granted, reserved) = (leaf.granted(), vcpu.reserved_gpa_bits());
+    let pages = (range.zip(entries))
+        .map(|(index, &entry)| (index, ept::page(entry, reserved, granted, &RIGHTS)));
+    fill_pages(vcpu, &lock, &leaf, pages, out);
+}
+
+/// Fills those entries of a table that are empty with the pages that EPT12 has there.
+#[inline(always)]
+fn fill_pages(
+    vcpu: Vcpu,
+    lock: &MmuLock,
+    leaf: &Leaf<'_>,
+    pages: impl Iterator<Item = (usize, Option<Page>)>,
+    out: &mut Outcome,
+) {
     let mut run: Option<Run> = None;
-    for (index, &entry) in range.zip(entries) {
-        let Some(to) = ept::page(entry, reserved, granted, &RIGHTS)
-            .filter(|to| to.gfn != APIC_FRAME && leaf.is_empty(index))
-        else {
+    for (index, page) in pages {
+        let Some(to) = page.filter(|to| to.gfn != APIC_FRAME && leaf.is_empty(index)) else {
             continue;
         };
         out.mapped += 1;
@@ -141,13 +162,18 @@ fn fill_chunk(vcpu: Vcpu, gpa: u64, range: Range<usize>, out: &mut Outcome) {
                     to,
                 };
                 if let Some(full) = run.replace(new) {
-                    full.fill(vcpu, &leaf, out);
+                    full.fill(vcpu, leaf, out);
+                    // Who waits has a fault of its own; stock holds the lock for one such run, too.
+                    if lock.is_contended() {
+                        out.reason = Some(Reason::Busy);
+                        return;
+                    }
                 }
             }
         }
     }
     if let Some(last) = run {
-        last.fill(vcpu, &leaf, out);
+        last.fill(vcpu, leaf, out);
     }
 }
 
@@ -262,6 +288,9 @@ pub(super) fn compare(vcpu: Vcpu, counters: &CounterSet, gpa: u64) {
         counters.fall_back(Reason::NoTable as usize);
         return;
     };
+    if leaf.large_page().is_some() {
+        return compare_large(&leaf, counters, gpa);
+    }
     let aim = window::index(gpa >> 12);
     let first = aim & !(PREFETCH - 1);
     let mut buffer = [MaybeUninit::uninit(); PREFETCH];
@@ -283,6 +312,24 @@ pub(super) fn compare(vcpu: Vcpu, counters: &CounterSet, gpa: u64) {
         let ours = ept::page(entry, vcpu.reserved_gpa_bits(), leaf.granted(), &RIGHTS);
         if judged && !ours.is_some_and(same) {
             report(counters, entry, stock);
+        }
+    }
+}
+
+/// The same for a table that stands for a large page: stock gives its entries the rights of all of it.
+fn compare_large(leaf: &Leaf<'_>, counters: &Counters, gpa: u64) {
+    let aim = window::index(gpa >> 12);
+    let first = aim & !(PREFETCH - 1);
+    for index in first..first + PREFETCH {
+        let Some(rights) = leaf.rights(index, &RIGHTS) else {
+            continue;
+        };
+        counters.checked.bump();
+        // KVM takes writing away for reasons of its own.
+        let ours = leaf.translation(index);
+        if rights | RIGHTS.write != ours.access | RIGHTS.write || rights & !ours.access != 0 {
+            let access = rights;
+            report(counters, 0, Translation { access, ..ours });
         }
     }
 }

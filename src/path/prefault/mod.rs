@@ -16,6 +16,7 @@
 //! does fault.
 
 mod fill;
+pub(crate) mod walk;
 
 use super::{CounterSet, Local, Path};
 use crate::{
@@ -23,6 +24,7 @@ use crate::{
     hook::{CallId, Continuation, HookId, InFlight, Verdict},
     kvm::{ept02::PageFault, Vcpu},
     policy::{
+        detour::{Detour, Rate},
         knob,
         mode::Mode,
         window::{Window, MAX, MIN},
@@ -44,6 +46,7 @@ pub(super) const PATH: Path = Path {
         CallId::READ_GUEST_ATOMIC,
         CallId::TOPUP_MMU_CACHES,
         CallId::PREFETCH_SPTES,
+        CallId::VM_GFN_TO_MEMSLOT,
     ],
     drain: None,
     drain_hooks: &[],
@@ -61,19 +64,32 @@ pub(super) const PATH: Path = Path {
 /// Base-2 logarithm of the most entries that are filled around a fault.
 static LIMIT: AtomicU8 = AtomicU8::new(MAX);
 
-static FILES: [Attribute; 1] = [Attribute::knob(
-    c"window",
-    |out| writeln!(out, "{}", 1u16 << limit()),
-    |text| {
-        let entries = knob::number(text).filter(|n| n.is_power_of_two());
-        let log2 = entries.ok_or(EINVAL)?.trailing_zeros() as u8;
-        if !(MIN..=MAX).contains(&log2) {
-            return Err(EINVAL);
-        }
-        LIMIT.store(log2, Ordering::Relaxed);
-        Ok(())
-    },
-)];
+static FILES: [Attribute; 2] = [
+    Attribute::knob(
+        c"window",
+        |out| writeln!(out, "{}", 1u16 << limit()),
+        |text| {
+            let entries = knob::number(text).filter(|n| n.is_power_of_two());
+            let log2 = entries.ok_or(EINVAL)?.trailing_zeros() as u8;
+            if !(MIN..=MAX).contains(&log2) {
+                return Err(EINVAL);
+            }
+            LIMIT.store(log2, Ordering::Relaxed);
+            Ok(())
+        },
+    ),
+    Attribute::knob(
+        c"walk",
+        |out| {
+            let rate = walk::rate();
+            writeln!(out, "{} {}", rate.every, rate.seed)
+        },
+        |text| {
+            walk::set_rate(Rate::parse(text).ok_or(EINVAL)?);
+            Ok(())
+        },
+    ),
+];
 
 fn limit() -> u8 {
     LIMIT.load(Ordering::Relaxed)
@@ -90,7 +106,7 @@ enum Reason {
     NotMapped,
     /// The host does not have the page in memory, not for writing, or its writes are logged.
     NotBacked,
-    /// Addresses are being invalidated.
+    /// Addresses are being invalidated, or another vCPU waits for the lock.
     Busy,
     /// System-management mode, another guest than the one that faulted.
     Unusual,
@@ -101,6 +117,8 @@ pub(crate) struct Memory {
     window: Window,
     /// The page of the fault that L1 was told of last, and the root of EPT12 that it was on; (0, 0) for none.
     awaited: (u64, u64),
+    /// When to walk all of EPT02.
+    chance: Detour,
 }
 
 impl Memory {
@@ -108,6 +126,7 @@ impl Memory {
     pub(crate) const NEW: Memory = Memory {
         window: Window::new(),
         awaited: (0, 0),
+        chance: Detour::NEW,
     };
 }
 
@@ -151,13 +170,16 @@ extern "C" fn mtk_on_ept_page_fault(
         return verdict;
     }
     let fixed = value as i32 == bindings::MTK_RET_PF_FIXED as i32;
-    if !fixed || fault.level != 1 {
-        return verdict;
-    }
-    state::with(vcpu, |local, counters| match mode() {
-        Mode::On => fill::around(vcpu, &mut local.prefault, counters, fault.gpa),
-        Mode::Check => fill::compare(vcpu, counters, fault.gpa),
-        Mode::Off => {}
+    state::with(vcpu, |local, counters| {
+        let mode = mode();
+        if fixed && fault.level == 1 {
+            match mode {
+                Mode::On => fill::around(vcpu, &mut local.prefault, counters, fault.gpa),
+                Mode::Check => fill::compare(vcpu, counters, fault.gpa),
+                Mode::Off => {}
+            }
+        }
+        walk::now_and_then(vcpu, &mut local.prefault, counters, mode);
     });
     verdict
 }

@@ -176,7 +176,7 @@ fn perform(op: Op, context: &Context, sink: &mut impl Sink) -> Result<(), VmxErr
                 raw::vmptrld(&first.vmcs);
             });
         }
-        Op::TouchWarm | Op::TouchReflected | Op::TouchUnmapped | Op::TouchCold => {
+        Op::TouchWarm | Op::TouchLarge | Op::TouchReflected | Op::TouchUnmapped | Op::TouchCold => {
             unreachable!("touch operations are not sampled one by one")
         }
         Op::Boot => unreachable!("no list of operations can have it"),

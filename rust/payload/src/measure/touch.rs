@@ -101,7 +101,9 @@ impl Meter {
         let passes = (spec.passes as usize).min(self.samples.len() / PIECES - 1);
         for pass in 0..passes {
             match spec.op {
-                Op::TouchWarm | Op::TouchReflected => self.child_pass(spec.op, pass, pages)?,
+                Op::TouchWarm | Op::TouchLarge | Op::TouchReflected => {
+                    self.child_pass(spec.op, pass, pages)?
+                }
                 _ => self.own_pass(spec.op, pass, pages, span),
             }
         }
@@ -191,11 +193,18 @@ impl Meter {
     /// The child touches the region through tables that nobody has shadowed yet.
     fn child_pass(&mut self, op: Op, pass: usize, pages: u64) -> Result<(), VmxError> {
         let order = &self.order[..pages as usize];
+        if op == Op::TouchLarge {
+            // What L0 makes of a large page is found again by the next tables that have it, with all its entries.
+            control::touch(touch::POPULATE, self.touch_pages as u32);
+        }
         // L0 must have the pages: what is missing is only the child's mapping of them.
         touch_all(order);
         let ept = Ept::new(self.low, self.touch_pages);
         if op == Op::TouchWarm {
             order.iter().for_each(|&page| ept.map(page as u64));
+        }
+        if op == Op::TouchLarge {
+            order.iter().for_each(|&page| ept.map_large(page as u64));
         }
         WORK.meter.store(self, Relaxed);
         WORK.pages.store(pages, Relaxed);

@@ -35,6 +35,9 @@ struct Group {
     run: fn(u32) -> Result<(), VmxError>,
 }
 
+/// Groups that are run by their names alone: what they log depends on the configuration.
+const APART: [&str; 1] = ["ept_planted"];
+
 const GROUPS: &[Group] = &[
     Group {
         name: "instructions",
@@ -121,6 +124,18 @@ const GROUPS: &[Group] = &[
         run: ept::logging::run,
     },
     Group {
+        name: "ept_slots",
+        run: ept::slots::run,
+    },
+    Group {
+        name: "ept_crowd",
+        run: ept::crowd::run,
+    },
+    Group {
+        name: "ept_planted",
+        run: |_| ept::planted::run(),
+    },
+    Group {
         name: "pair",
         run: pair::run,
     },
@@ -154,7 +169,7 @@ pub fn run(which: &str, level: u32) {
         }
         if which
             .split(',')
-            .any(|name| name == "all" || name == group.name)
+            .any(|name| name == group.name || name == "all" && !APART.contains(&group.name))
         {
             if let Err(why) = (group.run)(level) {
                 // The group could not go on; that it could not is part of the log.

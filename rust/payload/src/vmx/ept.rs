@@ -30,6 +30,7 @@ const CAP_ACCESSED_DIRTY: u64 = 1 << 21;
 #[derive(Clone, Copy)]
 pub struct Ept {
     root: u64,
+    directory: u64,
     touch_tables: u64,
     touch_pages: u64,
 }
@@ -78,6 +79,7 @@ impl Ept {
         }
         Ept {
             root,
+            directory,
             touch_tables,
             touch_pages,
         }
@@ -86,6 +88,17 @@ impl Ept {
     /// Maps page number `page` of the touch region.
     pub fn map(&self, page: u64) {
         self.set(page, TOUCH_BASE + page * memory::PAGE | LEAF);
+    }
+
+    /// Maps the 2 MiB in which page number `page` of the touch region lies, as a large page.
+    pub fn map_large(&self, page: u64) {
+        assert!(page < self.touch_pages);
+        let index = page / 512;
+        write(
+            self.directory,
+            index,
+            TOUCH_BASE + (index << 21) | LARGE | LEAF,
+        );
     }
 
     /// Writes the last-level entry of a page of the touch region.

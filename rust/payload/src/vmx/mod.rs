@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! VMX as the payload uses it: root operation, one child at a time.
 
+pub mod beside;
 pub mod child;
 pub mod ept;
 pub mod exit;

@@ -169,6 +169,12 @@ impl Tables {
         }
     }
 
+    /// Writes a last-level entry while others may do the same; nothing is noted about what it must be.
+    pub fn map_now(&self, page: u64, entry: u64) {
+        let (table, index) = self.place(1, page);
+        write(table, index, entry);
+    }
+
     /// The EPT pointer.
     pub fn pointer(&self) -> u64 {
         self.root | 6 | 3 << 3 | (self.flags as u64) << 6

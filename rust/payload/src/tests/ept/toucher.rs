@@ -10,8 +10,9 @@ use super::super::bed::Bed;
 use super::super::log;
 use super::tables::{paging_with_window, Tables, EXECUTE, READ, WINDOW, WRITE};
 use crate::memory::{self, PAGE};
+use crate::vmx::beside;
 use crate::vmx::field::*;
-use crate::vmx::ops::{vmread, vmwrite, VmxError};
+use crate::vmx::ops::{raw, vmread, vmwrite, VmxError};
 use crate::vmx::setup::Features;
 
 /// EPT violation.
@@ -269,6 +270,37 @@ impl Toucher {
     /// What the steps did.
     pub fn steps(&self) -> &[Step] {
         &self.steps[..self.used]
+    }
+
+    /// Lets the child work off the list on a processor that is not alone. `mend` is told the reason and the address of
+    /// each exit, and says whether to go on. False if it did not, or an entry failed.
+    ///
+    /// # Safety
+    /// Prepared on this processor, current there, and never entered.
+    pub unsafe fn run_beside(&mut self, mut mend: impl FnMut(u64, u64) -> bool) -> bool {
+        self.bed.registers().rdi = self.steps.as_ptr() as u64;
+        let mut launch = true;
+        loop {
+            // SAFETY: by the caller's promise; the child's code is `touch_child`.
+            let entered = unsafe { beside::enter(launch, self.bed.registers()) };
+            if !entered {
+                return false;
+            }
+            launch = false;
+            // SAFETY: after an exit there is a current VMCS.
+            let (reason, address) = unsafe {
+                (
+                    raw::vmread(VM_EXIT_REASON),
+                    raw::vmread(GUEST_PHYSICAL_ADDRESS),
+                )
+            };
+            if reason == crate::vmx::exit::VMCALL {
+                return true;
+            }
+            if !mend(reason, address) {
+                return false;
+            }
+        }
     }
 
     /// Lets the child work off the list; `decide` is told of each exit, with the number of the step that made

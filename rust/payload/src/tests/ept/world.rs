@@ -14,6 +14,11 @@ const NAMED: u32 = 12;
 /// In the number of a page that the child reads.
 const TAG: u64 = 0x5a5a << 48;
 
+/// What a child reads in the page of that number.
+pub fn tagged(number: u64) -> u64 {
+    TAG | number
+}
+
 fn word(address: u64) -> *mut u64 {
     address as *mut u64
 }
