@@ -4,7 +4,7 @@
 
 use protocol::ports::{NOP, TOUCH_BASE};
 
-use super::arena::{page, Arena, CODE32, CODE64, DATA, PAGES, TASK, TOUCHED};
+use super::arena::{page, Arena, CODE32, CODE64, DATA, TASK, TOUCHED};
 use super::Numbers;
 use crate::memory::PAGE;
 
@@ -72,8 +72,10 @@ pub fn address(numbers: &mut Numbers, arena: &Arena) -> u64 {
     match numbers.below(16) {
         0..6 => arena.at(page::DATA + numbers.below(4) as u64) + offset,
         6..12 => TOUCH_BASE + (numbers.below(TOUCHED as usize) as u64 + 1) * PAGE - 8 - offset,
-        12 => arena.at(numbers.below(PAGES as usize) as u64) + offset,
+        // Anything but page tables, for the same reason that `snippet` has for CR3.
+        12 => arena.at(numbers.below(page::PML4 as usize) as u64) + offset,
         13 => TOUCH_BASE + (TOUCHED + numbers.below(8) as u64) * PAGE + offset,
+        14 if offset & 8 == 0 => arena.at(page::REST) + offset,
         14 => arena.at(page::DATA + 1) - 2,
         _ => [0, 0xb800_0000, 0xfffff000, 0x3000_0000, 0x10_0000][numbers.below(5)] + offset,
     }
@@ -176,7 +178,14 @@ fn snippet(numbers: &mut Numbers, arena: &Arena, code: &mut Writer) {
             ];
             toggle(code, 4, any(numbers, &bits));
         }
-        12 => toggle(code, 3, any(numbers, &[0, 8, 0x18])),
+        12 => {
+            // Only ever one of the arena's tables: KVM loops with page tables where no memory is.
+            let tables = [page::PML4, page::PAE, page::PD32];
+            code.bytes(&[0x0f, 0x20, 0xd9]); // mov ecx, cr3
+            let flags = any(numbers, &[0, 8, 0x18]);
+            code.set(EAX, arena.at(any(numbers, &tables)) | flags);
+            code.bytes(&[0x0f, 0x22, 0xd8]); // mov cr3, eax
+        }
         13 => code.bytes(&[0x0f, 0x06]), // clts
         14 => {
             code.set(EAX, any(numbers, &[1, 3, 9, 0xb, 0xf]));
@@ -301,8 +310,11 @@ fn snippet(numbers: &mut Numbers, arena: &Arena, code: &mut Writer) {
             code.bytes(&[0x48, 0xc1, 0xe0, 0x20, 0x8b, 0x18]);
         }
         41 => {
-            code.set(EAX, address(numbers, arena));
-            code.bytes(&[0xff, 0xd0]); // call eax: to memory that holds HLT, or worse
+            // To memory that holds HLT, if nobody has written to it. Not to the page of APIC accesses, from which the
+            // emulator cannot fetch.
+            let to = arena.at(page::DATA + numbers.below(4) as u64) + numbers.below(4096) as u64;
+            code.set(EAX, to);
+            code.bytes(&[0xff, 0xd0]); // call eax
         }
         42 => code.bytes(match numbers.below(4) {
             0 => &[0xf1],                   // int1

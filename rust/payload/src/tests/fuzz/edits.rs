@@ -201,8 +201,7 @@ pub fn edit(world: &mut World, numbers: &mut Numbers, log: &mut Log) -> Result<(
                 APIC_ACCESSES & allowed.secondary,
                 on,
             )?;
-            let page = any(numbers, &[page::REST, page::DATA]);
-            vmwrite(APIC_ACCESS_ADDR, world.arena.at(page))
+            vmwrite(APIC_ACCESS_ADDR, world.arena.at(page::REST))
         }
         30 => {
             vmwrite(VIRTUAL_PROCESSOR_ID, any(numbers, &[1, 2, 0xffff]))?;

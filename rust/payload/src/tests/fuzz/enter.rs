@@ -173,6 +173,14 @@ fn note_host(numbers: &mut Numbers, log: &mut Log) {
     log.note("MSR", &[msr, cpu::rdmsr(msr as u32).unwrap_or(u64::MAX)]);
 }
 
+/// Tries to enter without a current VMCS.
+pub fn bare(world: &mut World, launch: bool, log: &mut Log) {
+    let how = if launch { How::Launch } else { How::Resume };
+    // SAFETY: there is nothing to enter.
+    let result = unsafe { child::enter(how, &mut world.vmcs().registers) };
+    log.note("bare entry", &[how as u64, number(&result)]);
+}
+
 /// Enters a few times, with what a hypervisor does after each exit.
 pub fn some(world: &mut World, numbers: &mut Numbers, log: &mut Log) -> Result<(), VmxError> {
     for _ in 0..1 + numbers.below(3) {

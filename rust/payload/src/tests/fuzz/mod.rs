@@ -273,6 +273,15 @@ fn odd(world: &mut World, numbers: &mut Numbers, log: &mut Log) -> Result<(), Vm
         [0, 1 << 40, 1 << 47, 1][numbers.below(4)],
     ];
     let kind = [0, 1, 2, 3, 4, 1 << 32][numbers.below(6)];
+    let bare = numbers.below(4) == 0;
+    if bare {
+        // Without a current VMCS.
+        let region = world.vmcs().region;
+        vmclear(region)?;
+        world.vmcs().launched = false;
+        let how = numbers.below(2) == 0;
+        enter::bare(world, how, log);
+    }
     let field = match numbers.below(3) {
         0 => fields::NONE[numbers.below(fields::NONE.len())],
         _ => EVERY[numbers.below(EVERY.len())].0,
@@ -296,9 +305,8 @@ fn odd(world: &mut World, numbers: &mut Numbers, log: &mut Log) -> Result<(), Vm
         "odd",
         &[which as u64, address, kind, field as u64, number(&result)],
     );
-    if address == vmxon_region() && which < 2 {
-        log.note("error", &[vmread(VM_INSTRUCTION_ERROR)?]);
-    }
+    let error = vmread(VM_INSTRUCTION_ERROR);
+    log.note("error", &[error.unwrap_or(0), number(&error.map(|_| ()))]);
     // Whatever was loaded, the program goes on with its own.
     let region = world.vmcs().region;
     log.note("current", &[vmptrst()?]);
