@@ -198,3 +198,11 @@ pub fn dr7() -> u64 {
     unsafe { asm!("mov {}, dr7", out(reg) value, options(nostack)) };
     value
 }
+
+/// Loads the data selector into FS and GS.
+pub fn reset_segments() {
+    // SAFETY: the flat data segment; nothing here uses either register.
+    unsafe {
+        asm!("mov fs, {0:e}", "mov gs, {0:e}", in(reg) trap::DATA as u32, options(nostack));
+    }
+}

@@ -113,6 +113,15 @@ pub fn fill(page: u64, value: u64, pages: u64) {
     }
 }
 
+/// The sum of a stack's page. Left out is RF in what may be flags that were pushed: it tells whether a page was missing in
+/// EPT02 just then, which may be at any time.
+pub fn stack_sum(page: u64) -> u64 {
+    const RF: u64 = 1 << 16 | 1 << 48;
+    (0..PAGE / 8).fold(0, |sum, word| {
+        super::super::model::fold(sum, get(page + word * 8) & !RF)
+    })
+}
+
 impl Arena {
     /// A new one, in which nothing is yet as a program wants it: see [`Arena::reset`].
     pub fn new() -> Arena {

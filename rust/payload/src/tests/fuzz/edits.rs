@@ -127,8 +127,8 @@ pub fn edit(world: &mut World, numbers: &mut Numbers, log: &mut Log) -> Result<(
         }
         18 => {
             vmwrite(CR3_TARGET_COUNT, numbers.below(5) as u64)?;
-            vmwrite(CR3_TARGET_VALUE0, vmread(GUEST_CR3)?)?;
-            vmwrite(CR3_TARGET_VALUE1, vmread(GUEST_CR3)? ^ 8)
+            // KVM has no such values.
+            vmwrite(CR3_TARGET_VALUE0, vmread(GUEST_CR3)?).or(Ok(()))
         }
         19 => {
             let bits = any(numbers, &[8, 2, 1 << 16, 1 << 18]);

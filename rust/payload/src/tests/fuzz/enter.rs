@@ -35,6 +35,9 @@ const INFORMATIVE: [u64; 14] = [19, 21, 22, 23, 25, 27, 46, 47, 50, 53, 57, 58, 
 const REGISTER: u64 = 1 << 10;
 const OF_REGISTER: u64 = 0xf << 3 | REGISTER | 0xf << 28;
 
+/// RFLAGS.RF, which see `fields::STALE`.
+const RF: u64 = 1 << 16;
+
 /// What came of an entry.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum End {
@@ -138,7 +141,10 @@ fn enter(world: &mut World, how: How, numbers: &mut Numbers, log: &mut Log) -> E
             GUEST_CR3,
             GUEST_CR4,
         ]
-        .map(read),
+        .map(|field| match field {
+            GUEST_RFLAGS => read(field) & !RF,
+            _ => read(field),
+        }),
     );
     let r = world.vmcs().registers;
     log.note(
@@ -352,8 +358,8 @@ pub fn inject(world: &mut World, numbers: &mut Numbers, log: &mut Log) -> Result
             HARDWARE | vector | WITH_ERROR * (CODES >> vector & 1)
         }
         5 => SOFTWARE | vector,
-        6 => INT3 | 3 + (vector & 1),
-        _ => INT1 | 1,
+        // Not INT1: KVM forgets one whose delivery meets a page that EPT02 lacks.
+        _ => INT3 | 3 + (vector & 1),
     };
     log.does("inject", &[info]);
     vmwrite(VM_ENTRY_INTR_INFO_FIELD, VALID | info)?;

@@ -37,8 +37,9 @@ pub const OURS: [u32; 28] = [
 ];
 
 /// Fields that an exit may leave as some earlier one made them (SDM volume 3, 28.2). They are noted where they are
-/// defined, and nowhere else.
-pub const STALE: [u32; 8] = [
+/// defined, and nowhere else. RF in RFLAGS tells whether L0 had to map a page just then.
+pub const STALE: [u32; 9] = [
+    GUEST_RFLAGS,
     VM_EXIT_INSTRUCTION_LEN,
     VMX_INSTRUCTION_INFO,
     EXIT_QUALIFICATION,

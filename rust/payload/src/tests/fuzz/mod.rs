@@ -93,6 +93,7 @@ pub fn run(request: Request, batch: u64) -> Result<(), VmxError> {
         }
         line!("fuzz {}: {:016x}", program, log.sum());
     }
+    world.restore_processor();
     vmptrld(world.spare)
 }
 
@@ -342,10 +343,12 @@ fn finish(
     }
     log.note("shadow", &[world.region_sum(world.shadow)]);
     for page in 0..arena::PAGES {
-        log.note(
-            "page",
-            &[page, super::model::page_sum(world.arena.at(page))],
-        );
+        let address = world.arena.at(page);
+        let sum = match page {
+            arena::page::STACK..arena::page::GDT => arena::stack_sum(address),
+            _ => super::model::page_sum(address),
+        };
+        log.note("page", &[page, sum]);
     }
     for page in 0..arena::TOUCHED + 8 {
         let address = protocol::ports::TOUCH_BASE + page * crate::memory::PAGE;

@@ -27,7 +27,9 @@ pub const ALWAYS: u64 = 1 << 7 | 1 << 11 | 1 << 12;
 /// The type of an INVEPT of everything.
 const ALL_CONTEXTS: u64 = 2;
 /// MSRs that a child may change and the payload then has: with what they are made at the start of each program.
-const MSRS: [u32; 10] = [
+const MSRS: [u32; 12] = [
+    0xc000_0100,
+    0xc000_0101,
     0x174,
     0x175,
     0x176,
@@ -87,6 +89,8 @@ pub struct World {
     /// Words of a region that hold fields which are only noted where they are defined, and their bits.
     stale: [(u64, u64); STALE.len()],
     msrs: [u64; MSRS.len()],
+    /// CR0 and CR4 of the payload.
+    control: (u64, u64),
 }
 
 /// Pages of [`World::bitmaps`].
@@ -144,6 +148,7 @@ impl World {
             templates: memory::pages(KINDS as u64),
             stale: [(0, 0); STALE.len()],
             msrs: MSRS.map(|msr| cpu::rdmsr(msr).unwrap_or(0)),
+            control: (cpu::cr0(), cpu::cr4()),
         };
         world.find_stale()?;
         let child = Child::new();
@@ -268,11 +273,7 @@ impl World {
         fill(self.lists, 0, list::PAGES);
         fill(self.shadow, 0, 1);
         super::super::script::set_revision(self.shadow, vmx::revision() | 1 << 31);
-        for (msr, value) in MSRS.into_iter().zip(self.msrs) {
-            // SAFETY: what was there when the payload ran by itself.
-            let _ = unsafe { cpu::wrmsr(msr, value) };
-        }
-        cpu::reset_debug();
+        self.restore_processor();
         let _ = invept(ALL_CONTEXTS, [0; 2]);
         for number in (0..VMCSS).rev() {
             self.vmcs[number].kind = numbers.below(KINDS);
@@ -283,6 +284,21 @@ impl World {
             self.revive(number)?;
         }
         Ok(())
+    }
+
+    /// Makes the payload's own registers what they were: exits of a program's children may have changed them.
+    pub fn restore_processor(&self) {
+        cpu::reset_segments();
+        // SAFETY: what was there when the payload ran by itself.
+        unsafe {
+            cpu::write_cr0(self.control.0);
+            cpu::write_cr4(self.control.1);
+        }
+        for (msr, value) in MSRS.into_iter().zip(self.msrs) {
+            // SAFETY: what was there when the payload ran by itself.
+            let _ = unsafe { cpu::wrmsr(msr, value) };
+        }
+        cpu::reset_debug();
     }
 
     /// Makes a VMCS, which is clear or not, new and current.
