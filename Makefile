@@ -36,6 +36,7 @@ help:
 	@echo '                   make bench DEPTHS=2 CONFIGS=stock,l0 OPS=hypercall,touch_cold'
 	@echo '  make profile   which kernel functions an operation spends its instructions in:'
 	@echo '                   make profile OP=hypercall DEPTH=2'
+	@echo '  make fuzz      random programs with and without the module, for hours: make fuzz PROGRAMS=100000'
 	@echo '  make shell     a shell on the emulated host, with the module and the tool at hand'
 	@echo '  make lab       only set it up: once, cached in $${MATRYOSHKA_CACHE:-~/.cache/matryoshka}'
 	@echo '  KERNEL=V       with any of these: another kernel than the newest (scripts/lab kernels lists them)'
@@ -57,7 +58,7 @@ help:
 
 # --- in the lab ---
 
-.PHONY: lab build run bench profile shell test soak check
+.PHONY: lab build run bench profile shell test soak check fuzz
 lab:
 	@$(LAB) setup $(if $(KERNEL),--kernel $(KERNEL))
 
@@ -79,6 +80,12 @@ bench: build
 
 profile: build
 	@scripts/profile $(OP) --depth $(DEPTH) $(if $(KERNEL),--kernel $(KERNEL)) --out $(OUT)/profile
+
+PROGRAMS ?= 100000
+SEED ?= 1
+
+fuzz: build
+	@scripts/fuzz --programs $(PROGRAMS) --seed $(SEED)
 
 shell: build
 	@$(EMU) shell $(if $(KERNEL),--kernel $(KERNEL))

@@ -122,6 +122,35 @@ pub struct BenchArgs {
     #[arg(long, requires = "test")]
     pub userfaultfd: bool,
 
+    /// With --tests fuzz: what the random programs begin with
+    #[arg(long, requires = "test", default_value_t = 1, value_name = "NUMBER")]
+    pub seed: u64,
+
+    /// With --tests fuzz: how many programs
+    #[arg(long, requires = "test", default_value_t = 1000, value_name = "NUMBER",
+        value_parser = clap::value_parser!(u64).range(1..))]
+    pub programs: u64,
+
+    /// With --tests fuzz: number of the first program
+    #[arg(long, requires = "test", default_value_t = 0, value_name = "NUMBER")]
+    pub first: u64,
+
+    /// With --tests fuzz: log all that this program sees
+    #[arg(long, requires = "test", value_name = "PROGRAM")]
+    pub show: Option<u64>,
+
+    /// With --show: leave out the operations whose bits are set
+    #[arg(long, requires = "show", default_value = "0", value_parser = parse_mask, value_name = "HEX")]
+    pub without: u64,
+
+    /// With --tests fuzz: leave out what a program that differs can do without
+    #[arg(long, requires = "test")]
+    pub minimize: bool,
+
+    /// With --tests fuzz: run `l0` a second time, with one call in so many sent to the stock code
+    #[arg(long, requires = "test", default_value_t = 0, value_name = "EVERY")]
+    pub detour: u32,
+
     /// Do this operation once between the emulator's profile marks, at one depth and in one
     /// configuration (see scripts/profile)
     #[arg(long, value_name = "OP", value_parser = parse_op)]
@@ -230,6 +259,10 @@ fn parse_ops(text: &str) -> Result<Ops, String> {
 fn parse_pattern(text: &str) -> Result<Pattern, String> {
     Pattern::from_name(text)
         .ok_or_else(|| names(Pattern::EVERY.iter().map(|pattern| pattern.name())))
+}
+
+fn parse_mask(text: &str) -> Result<u64, String> {
+    u64::from_str_radix(text, 16).map_err(|why| why.to_string())
 }
 
 fn parse_scale(text: &str) -> Result<f64, String> {

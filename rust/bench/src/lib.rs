@@ -10,6 +10,7 @@ pub mod args;
 pub mod boot;
 pub mod code;
 pub mod compare;
+pub mod fuzz;
 pub mod host;
 pub mod plan;
 pub mod probe;
@@ -35,7 +36,9 @@ impl From<vmm::Error> for Failure {
 
 /// Runs the subcommand to its exit status, having said on standard error what went wrong.
 pub fn run(args: BenchArgs) -> ExitCode {
-    let result = if args.test {
+    let result = if args.test && args.tests == "fuzz" {
+        fuzz::run(&args)
+    } else if args.test {
         probe::run(&args)
     } else if args.profile.is_some() {
         session::profile(&args)

@@ -170,3 +170,39 @@ pub unsafe fn write_cr3(value: u64) {
     // SAFETY: by the caller's promise.
     unsafe { asm!("mov cr3, {}", in(reg) value, options(nostack)) };
 }
+
+/// Makes the debug status register, CR2 and CR8 what they are after a reset.
+pub fn reset_debug() {
+    // SAFETY: registers that only report, and a priority that nothing here is below: there are no interrupts.
+    unsafe {
+        asm!("mov dr6, {}", in(reg) 0xffff_0ff0u64, options(nostack));
+        asm!("mov cr2, {0}", "mov cr8, {0}", in(reg) 0u64, options(nostack));
+    }
+}
+
+/// The selectors in ES, SS, DS, FS and GS.
+pub fn selectors() -> [u64; 5] {
+    let (es, ss, ds, fs, gs): (u64, u64, u64, u64, u64);
+    // SAFETY: reads registers.
+    unsafe {
+        asm!("mov {0:e}, es", "mov {1:e}, ss", "mov {2:e}, ds", "mov {3:e}, fs", "mov {4:e}, gs",
+            out(reg) es, out(reg) ss, out(reg) ds, out(reg) fs, out(reg) gs, options(nostack));
+    }
+    [es, ss, ds, fs, gs]
+}
+
+/// DR7.
+pub fn dr7() -> u64 {
+    let value;
+    // SAFETY: reads a register.
+    unsafe { asm!("mov {}, dr7", out(reg) value, options(nostack)) };
+    value
+}
+
+/// Loads the data selector into FS and GS.
+pub fn reset_segments() {
+    // SAFETY: the flat data segment; nothing here uses either register.
+    unsafe {
+        asm!("mov fs, {0:e}", "mov gs, {0:e}", in(reg) trap::DATA as u32, options(nostack));
+    }
+}

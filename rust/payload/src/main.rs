@@ -66,7 +66,12 @@ extern "C" fn payload_main(info: *const PayloadInfo) -> ! {
             Ok(Command::Profile { .. }) => {
                 failed |= !meter.profile(info.arg("profile").unwrap_or("hypercall"));
             }
-            Ok(Command::Test { .. }) => tests::run(info.arg("tests").unwrap_or("all"), info.level),
+            Ok(Command::Test { round, .. }) => tests::run(
+                info.arg("tests").unwrap_or("all"),
+                info.level,
+                info.arg("fuzz").and_then(tests::fuzz::Request::parse),
+                round.into(),
+            ),
             Err(word) => {
                 error!("no such command: {word:#x}");
                 control::done(Exit::Protocol);

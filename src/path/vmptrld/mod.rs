@@ -129,11 +129,12 @@ unsafe fn load(vcpu: Vcpu, local: &mut Local, counters: &CounterSet) -> Result<(
     // SAFETY: By this function's contract.
     let mut memory = unsafe { GuestMemory::new(vcpu) };
     let vmptr = vcpu.vmptr_operand(&mut memory).ok_or(Reason::Operand)?;
-    if vmptr == vcpu.current_vmptr() {
-        return Ok(());
-    }
+    // First: the mark for "no current VMCS" is no address, but a guest may well name it.
     if !vcpu.is_page_address(vmptr) || vmptr == vcpu.vmxon_ptr() {
         return Err(Reason::Invalid);
+    }
+    if vmptr == vcpu.current_vmptr() {
+        return Ok(());
     }
     let at = match local.regions.position(vmptr) {
         Some(at) => at,

@@ -13,6 +13,7 @@ mod ept;
 mod events;
 mod exits;
 mod fields;
+pub mod fuzz;
 mod guest_state;
 mod host_state;
 mod instructions;
@@ -149,10 +150,11 @@ macro_rules! log {
 }
 use log;
 
-/// Runs the groups named in `which`, separated by commas; `all` names them all.
-pub fn run(which: &str, level: u32) {
+/// Runs the groups named in `which`, separated by commas; `all` names them all but `fuzz`, of which it runs batch number
+/// `batch`.
+pub fn run(which: &str, level: u32, fuzz: Option<fuzz::Request>, batch: u64) {
     for name in which.split(',') {
-        if name != "all" && !GROUPS.iter().any(|group| group.name == name) {
+        if !["all", "fuzz"].contains(&name) && !GROUPS.iter().any(|group| group.name == name) {
             error!("no such group of tests: {name}");
         }
     }
@@ -175,6 +177,15 @@ pub fn run(which: &str, level: u32) {
                 // The group could not go on; that it could not is part of the log.
                 log!("{}: FAIL: ended early: {}", group.name, why);
             }
+        }
+    }
+    if which.split(',').any(|name| name == "fuzz") {
+        let Some(request) = fuzz else {
+            error!("the group fuzz wants fuzz=SEED:FIRST:COUNT");
+            return;
+        };
+        if let Err(why) = fuzz::run(request, batch) {
+            log!("fuzz: FAIL: ended early: {}", why);
         }
     }
     let _ = vmclear(scratch).and_then(|()| vmptrld(scratch));

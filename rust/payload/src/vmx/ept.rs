@@ -13,11 +13,12 @@ pub const WRITE_BACK: u64 = 6 << 3;
 pub const LARGE: u64 = 1 << 7;
 /// Accessed and dirty, set beforehand as KVM does in the tables it builds for its guests.
 const ACCESSED: u64 = 1 << 8;
+/// Dirty.
 const DIRTY: u64 = 1 << 9;
 /// An entry that names the next table.
 const TABLE: u64 = RWX | ACCESSED;
 /// A leaf.
-const LEAF: u64 = RWX | WRITE_BACK | ACCESSED | DIRTY;
+pub const LEAF: u64 = RWX | WRITE_BACK | ACCESSED | DIRTY;
 /// EPTP: write-back tables, walk of four levels.
 const EPTP: u64 = 6 | 3 << 3;
 /// EPTP: accessed and dirty flags. Every KVM uses them where it can. Without them L0 leaves entries that
@@ -52,6 +53,16 @@ impl LowMemory {
             write(directory, index, index << 21 | LARGE | LEAF);
         }
         LowMemory(directory)
+    }
+
+    /// Maps nothing yet.
+    pub fn empty() -> LowMemory {
+        LowMemory(memory::pages(1))
+    }
+
+    /// Has a last-level table map 2 MiB: those of number `at`.
+    pub fn table(&self, at: u64, table: u64) {
+        write(self.0, at, table | TABLE);
     }
 
     /// The page directory.
@@ -105,6 +116,11 @@ impl Ept {
     pub fn set(&self, page: u64, entry: u64) {
         assert!(page < self.touch_pages);
         write(self.touch_tables + page / 512 * memory::PAGE, page, entry);
+    }
+
+    /// The first last-level table of the touch region.
+    pub fn touch_table(&self) -> u64 {
+        self.touch_tables
     }
 
     /// Reads it back, with what the processor has set in it.

@@ -1,0 +1,419 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! `matryoshka bench --test --tests fuzz`: random programs of the payload in each configuration, in batches. A program
+//! whose sums differ is run again with its whole log, alone if it differs alone, and made smaller if asked for.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use protocol::{Command, Config, Line};
+use vmm::module::{self, Module};
+use vmm::stack::{self, Handler, Inner, Spec};
+
+use crate::args::BenchArgs;
+use crate::session::{ended_well, need_module};
+use crate::{Code, Failure};
+
+/// Programs between two changes of configuration.
+const BATCH: u64 = 500;
+/// Most operations of a program.
+const OPERATIONS: u32 = 28;
+/// Differences to collect before giving up.
+const MOST: usize = 8;
+/// Lines of a log that are shown before the one that differs.
+const BEFORE: usize = 12;
+
+/// How the module is while a batch runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Way {
+    config: Config,
+    /// One call in so many goes to the stock code; 0 for none.
+    detour: u32,
+}
+
+impl Way {
+    fn name(self) -> String {
+        match self.detour {
+            0 => self.config.name().to_owned(),
+            every => format!("{} with a detour in {every}", self.config.name()),
+        }
+    }
+}
+
+/// What the payload is asked to run, see its `fuzz::Request`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Request {
+    seed: u64,
+    first: u64,
+    count: u64,
+    show: Option<u64>,
+    without: u64,
+}
+
+impl Request {
+    fn words(&self) -> String {
+        let (seed, first, count) = (self.seed, self.first, self.count);
+        let mut words = format!("tests=fuzz;fuzz={seed}:{first}:{count}");
+        if let Some(show) = self.show {
+            words += &format!(":{show}:{:x}", self.without);
+        }
+        words
+    }
+}
+
+/// A line that is another one in another way.
+struct Difference {
+    batch: u16,
+    way: Way,
+    program: Option<u64>,
+    lines: [String; 2],
+}
+
+/// Runs batches in every way and keeps the logs of the one at hand.
+struct Run<'a> {
+    level: u32,
+    ways: &'a [Way],
+    /// Batches, from the first on.
+    batches: u16,
+    per_batch: u64,
+    seed: u64,
+    rounds: VecDeque<(u16, Way)>,
+    at: Option<(u16, Way)>,
+    logs: BTreeMap<Way, Vec<String>>,
+    /// Those of the last batch that was compared.
+    last: BTreeMap<Way, Vec<String>>,
+    /// Programs whose sums differ.
+    differs: Vec<Difference>,
+    mismatches: u64,
+    errors: Vec<String>,
+    done: u64,
+    started: Instant,
+    quiet: bool,
+    verbose: bool,
+}
+
+impl<'a> Run<'a> {
+    fn new(args: &BenchArgs, ways: &'a [Way], batches: u16, per_batch: u64, quiet: bool) -> Self {
+        let mut rounds = VecDeque::new();
+        for batch in 0..batches {
+            // Every other batch the other way round: the module is loaded and unloaded half as often.
+            let round = |&way| (batch, way);
+            match batch % 2 {
+                0 => rounds.extend(ways.iter().map(round)),
+                _ => rounds.extend(ways.iter().rev().map(round)),
+            }
+        }
+        Run {
+            level: args.depths()[0],
+            ways,
+            batches,
+            per_batch,
+            seed: args.seed,
+            rounds,
+            at: None,
+            logs: BTreeMap::new(),
+            last: BTreeMap::new(),
+            differs: Vec::new(),
+            mismatches: 0,
+            errors: Vec::new(),
+            done: 0,
+            started: Instant::now(),
+            quiet,
+            verbose: args.verbose,
+        }
+    }
+
+    /// The batch at hand has been run in every way: compares, says how far we are.
+    fn compare(&mut self, batch: u16) {
+        let logs = std::mem::take(&mut self.logs);
+        for &way in &self.ways[1..] {
+            let (Some(first), Some(log)) = (logs.get(&self.ways[0]), logs.get(&way)) else {
+                continue;
+            };
+            let longest = first.len().max(log.len());
+            for at in (0..longest).filter(|&at| first.get(at) != log.get(at)) {
+                let (first, log) = (first.get(at), log.get(at));
+                let program = first.or(log).and_then(|line| program(line));
+                if self.differs.len() == MOST || self.differs.iter().any(|d| d.program == program) {
+                    break;
+                }
+                let text = |line: Option<&String>| line.map_or("(nothing)".into(), String::clone);
+                self.differs.push(Difference {
+                    batch,
+                    way,
+                    program,
+                    lines: [text(first), text(log)],
+                });
+            }
+        }
+        self.last = logs;
+        self.done += self.per_batch;
+        if !self.quiet {
+            let all = u64::from(self.batches) * self.per_batch;
+            let took = self.started.elapsed();
+            let left = took.mul_f64((all - self.done) as f64 / self.done as f64);
+            eprintln!(
+                "fuzz: {} of {all} programs in {} ways, {} left",
+                self.done,
+                self.ways.len(),
+                clock(left)
+            );
+        }
+    }
+}
+
+fn clock(time: Duration) -> String {
+    let seconds = time.as_secs();
+    format!("{}:{:02}", seconds / 60, seconds % 60)
+}
+
+impl Handler for Run<'_> {
+    fn next_command(&mut self) -> u32 {
+        if let Some((batch, way)) = self.at.take() {
+            if way.config == Config::Check {
+                self.mismatches += mismatches();
+            }
+            if self.rounds.front().is_none_or(|&(next, _)| next != batch) {
+                self.compare(batch);
+            }
+        }
+        let stop = self.differs.len() == MOST || self.mismatches > 0 || !self.errors.is_empty();
+        let Some((batch, way)) = self.rounds.pop_front().filter(|_| !stop) else {
+            return Command::End.encode();
+        };
+        self.at = Some((batch, way));
+        self.logs.insert(way, Vec::new());
+        Command::Test {
+            config: way.config,
+            round: batch,
+        }
+        .encode()
+    }
+
+    fn apply(&mut self, config: Config, level: u32, file: &Path) -> vmm::Result<()> {
+        module::apply(config, level, file)?;
+        let Some((batch, way)) = self.at else {
+            return Ok(());
+        };
+        let knob = Path::new(module::SYSFS).join("detour");
+        if config == Config::Stock || !knob.exists() {
+            return Ok(());
+        }
+        let seed = (self.seed as u32).wrapping_add(batch.into());
+        fs::write(&knob, format!("{} {seed}", way.detour)).map_err(vmm::Error::file(&knob))
+    }
+
+    fn console_line(&mut self, level: u32, line: &str) {
+        match (Line::parse(line), self.at) {
+            (Line::Test(text), Some((_, way))) if level == self.level => {
+                self.logs.entry(way).or_default().push(text.to_owned());
+            }
+            (Line::Error(what), _) => self.errors.push(what.to_owned()),
+            _ if self.verbose => println!("L{level}| {line}"),
+            _ => {}
+        }
+    }
+}
+
+/// What the module's paths found to differ in mode check.
+fn mismatches() -> u64 {
+    let count = |path: &module::PathStatus| path.values.get("mismatches")?.parse::<u64>().ok();
+    let paths = Module::default().paths().unwrap_or_default();
+    paths.iter().filter_map(count).sum()
+}
+
+/// Boots a stack that runs something.
+fn boot(args: &BenchArgs, request: Request, run: &mut Run<'_>) -> Result<(), Failure> {
+    let spec = Spec {
+        knobs: args.knobs.clone(),
+        ..Spec::new(
+            run.level,
+            Inner::Payload {
+                args: request.words(),
+            },
+        )
+    };
+    let outcome = stack::run(&spec, &args.files(), args.local(), run)?;
+    for error in &run.errors {
+        eprintln!("matryoshka: L{}: {error}", run.level);
+    }
+    if let Err(failure) = ended_well(run.level, &outcome.exit) {
+        let last = run.at.and_then(|(_, way)| run.logs.get(&way)?.last());
+        eprintln!(
+            "matryoshka: it was {}, and said last: {}",
+            run.at.map(|(_, way)| way.name()).unwrap_or_default(),
+            last.map_or("nothing", String::as_str)
+        );
+        return Err(failure);
+    }
+    Ok(())
+}
+
+/// Runs the programs.
+pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
+    let [_] = args.depths()[..] else {
+        let why = "--test wants one --depth: the payload's level";
+        return Err(Failure(Code::Usage, why.into()));
+    };
+    need_module(args)?;
+    let mut ways: Vec<Way> = Vec::new();
+    for &config in &args.config {
+        ways.push(Way { config, detour: 0 });
+        if config == Config::L0 && args.detour > 0 {
+            let detour = args.detour;
+            ways.push(Way { config, detour });
+        }
+    }
+    let per_batch = BATCH.min(args.programs);
+    let batches = args.programs.div_ceil(per_batch);
+    let batches = u16::try_from(batches).map_err(|_| {
+        let most = BATCH * u64::from(u16::MAX);
+        Failure(Code::Usage, format!("--programs: at most {most} at once"))
+    })?;
+    let request = Request {
+        seed: args.seed,
+        first: args.first,
+        count: per_batch,
+        show: args.show,
+        without: args.without,
+    };
+    let mut all = Run::new(args, &ways, batches, per_batch, args.show.is_some());
+    boot(args, request, &mut all)?;
+    if let Some(directory) = &args.log {
+        // The last batch's logs: those of a program that was asked for, or that differ.
+        let write = |way: &Way, log: &[String]| {
+            fs::create_dir_all(directory)?;
+            let name = match way.detour {
+                0 => format!("{}.log", way.config.name()),
+                _ => "detour.log".into(),
+            };
+            fs::write(directory.join(name), log.join("\n") + "\n")
+        };
+        let kept = all.last.iter().try_for_each(|(way, log)| write(way, log));
+        kept.map_err(|why| Failure(Code::Failed, format!("{}: {why}", directory.display())))?;
+    }
+    if all.mismatches > 0 {
+        println!(
+            "mode check found {} mismatches: see the kernel's log",
+            all.mismatches
+        );
+        return Ok(Code::Failed);
+    }
+    println!(
+        "fuzz: seed {}, programs {} to {} in {} ways, {} differ",
+        args.seed,
+        args.first,
+        args.first + all.done.max(1) - 1,
+        ways.len(),
+        all.differs.len()
+    );
+    for found in &all.differs {
+        println!("{} differs from {}:", found.way.name(), ways[0].name());
+        println!("  {}\n  {}", found.lines[0], found.lines[1]);
+        if let (Some(program), None) = (found.program, args.show) {
+            let first = args.first + u64::from(found.batch) * per_batch;
+            explain(args, [ways[0], found.way], first, program)?;
+        }
+    }
+    Ok(
+        match all.differs.is_empty() && all.errors.is_empty() && all.done > 0 {
+            true => Code::Ok,
+            false => Code::Failed,
+        },
+    )
+}
+
+/// The program's number in a line of its.
+fn program(line: &str) -> Option<u64> {
+    let rest = line.strip_prefix("fuzz ")?;
+    let end = rest.find(|c: char| !c.is_ascii_digit())?;
+    rest[..end].parse().ok()
+}
+
+/// Runs a program that differs again, with its log, and says where the logs part.
+fn explain(args: &BenchArgs, ways: [Way; 2], first: u64, program: u64) -> Result<(), Failure> {
+    let try_one =
+        |first: u64, without: u64| -> Result<Option<(Vec<String>, Vec<String>)>, Failure> {
+            let request = Request {
+                seed: args.seed,
+                first,
+                count: program + 1 - first,
+                show: Some(program),
+                without,
+            };
+            let mut run = Run::new(args, &ways, 1, request.count, true);
+            boot(args, request, &mut run)?;
+            let differ = !run.differs.is_empty();
+            let mut log = |way| run.last.remove(way).unwrap_or_default();
+            Ok(differ.then(|| (log(&ways[0]), log(&ways[1]))))
+        };
+    // Alone, or with as few before it as that takes.
+    let mut before = 0;
+    let (first, mut logs) = loop {
+        let from = (program - before.min(program)).max(first);
+        eprintln!("fuzz: program {program} again, from {from} on");
+        if let Some(logs) = try_one(from, 0)? {
+            break (from, logs);
+        }
+        if from == first {
+            println!("program {program} does not differ when its batch runs again");
+            return Ok(());
+        }
+        before = (before * 4).max(8);
+    };
+    let mut without = 0u64;
+    if args.minimize {
+        for at in 0..OPERATIONS {
+            let fewer = without | 1 << at;
+            if let Some(found) = try_one(first, fewer)? {
+                (without, logs) = (fewer, found);
+            }
+        }
+    }
+    let (one, other) = logs;
+    let at = one.iter().zip(&other).take_while(|(a, b)| a == b).count();
+    for line in &one[at.saturating_sub(BEFORE)..at] {
+        println!("  {line}");
+    }
+    for (way, log) in ways.iter().zip([&one, &other]) {
+        println!(
+            "{}: {}",
+            way.name(),
+            log.get(at).map_or("(nothing)", |line| line)
+        );
+    }
+    println!(
+        "again: --seed {} --first {first} --programs {} --show {program} --without {without:x}",
+        args.seed,
+        program + 1 - first
+    );
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_is_what_the_payload_reads() {
+        let mut request = Request {
+            seed: 7,
+            first: 10,
+            count: 5,
+            show: None,
+            without: 0,
+        };
+        assert_eq!(request.words(), "tests=fuzz;fuzz=7:10:5");
+        request.show = Some(12);
+        request.without = 0x21;
+        assert_eq!(request.words(), "tests=fuzz;fuzz=7:10:5:12:21");
+    }
+
+    #[test]
+    fn programs_have_numbers() {
+        assert_eq!(program("fuzz 12: 00ff"), Some(12));
+        assert_eq!(program("fuzz 3/4 exit: [1]"), Some(3));
+        assert_eq!(program("instructions/x"), None);
+    }
+}

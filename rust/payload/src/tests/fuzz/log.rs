@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! What a program saw: a sum over all of it, and each value in words when the program is shown.
+
+use super::super::model::fold;
+
+/// The log of one program.
+pub struct Log {
+    program: u64,
+    at: usize,
+    sum: u64,
+    shown: bool,
+}
+
+impl Log {
+    /// An empty one. With `shown` everything that is noted is printed.
+    pub fn new(program: u64, shown: bool) -> Log {
+        Log {
+            program,
+            at: 0,
+            sum: program,
+            shown,
+        }
+    }
+
+    /// The operations are counted, so that a line names the one that it belongs to.
+    pub fn begin(&mut self, at: usize) {
+        self.at = at;
+    }
+
+    /// Notes some values.
+    pub fn note(&mut self, what: &str, values: &[u64]) {
+        for &value in values {
+            self.sum = fold(self.sum, value);
+        }
+        if self.shown {
+            super::super::log!("fuzz {}/{} {}: {:x?}", self.program, self.at, what, values);
+        }
+    }
+
+    /// What is done, which is the same whatever comes of it: in words only.
+    pub fn does(&self, what: &str, values: &[u64]) {
+        if self.shown {
+            super::super::log!(
+                "fuzz {}/{} does {} {:x?}",
+                self.program,
+                self.at,
+                what,
+                values
+            );
+        }
+    }
+
+    /// The sum.
+    pub fn sum(&self) -> u64 {
+        self.sum
+    }
+}
