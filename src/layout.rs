@@ -73,7 +73,8 @@ static EXPECTED: &[Expected] = &expect! {
     kvm_pagewalk {}
     #[cfg(MTK_GVA_WALK)]
     kvm_page_format {}
-    kvm { arch, srcu, mmu_invalidate_in_progress, online_vcpus }
+    kvm { arch, srcu, mmu_invalidate_in_progress, online_vcpus, memslots }
+    kvm_memslots { generation }
     kvm_memory_slot { base_gfn, npages, userspace_addr, flags }
     kvm_arch { disabled_quirks, mmu_valid_gen, vm_type }
     kvm_mmu_page { tdp_mmu_page, unsync, role, gfn, spt, shadowed_translation }
