@@ -44,17 +44,18 @@ static EXPECTED: &[Expected] = &expect! {
     nested_vmx {
         current_vmptr, cached_vmcs12, need_vmcs12_to_shadow_sync, dirty_vmcs12,
         need_sync_vmcs02_to_vmcs12_rare, vmcs02, msrs, vmxon, vmxon_ptr, posted_intr_nv,
-        cached_shadow_vmcs12,
+        cached_shadow_vmcs12, apic_access_page_map, virtual_apic_map, pi_desc_map, pi_desc,
+        force_msr_bitmap_recalc,
     }
     nested_vmx_msrs { misc_low, secondary_ctls_high }
-    loaded_vmcs { vmcs, shadow_vmcs, cpu, controls_shadow }
-    vmcs_controls_shadow { vm_entry, vm_exit, secondary_exec }
+    loaded_vmcs { vmcs, shadow_vmcs, cpu, controls_shadow, msr_bitmap }
+    vmcs_controls_shadow { vm_entry, vm_exit, exec, secondary_exec }
     vmcs12 {
         io_bitmap_a, vmcs_link_pointer, cr0_guest_host_mask, guest_cr0, host_cr0,
         pin_based_vm_exec_control, secondary_vm_exec_control, guest_activity_state, virtual_processor_id, host_tr_selector,
         guest_pml_index,
     }
-    kvm_vcpu { kvm, arch, run, guest_debug }
+    kvm_vcpu { kvm, arch, run, guest_debug, wants_to_run }
     kvm_vcpu_arch {
         regs, regs_avail, cr0, cr4, efer, hflags, mmu, guest_mmu, nested_run_pending,
         reserved_gpa_bits, mmu_pte_list_desc_cache, root_mmu, regs_dirty, rip, cr0_guest_owned_bits, cr3,
@@ -73,7 +74,9 @@ static EXPECTED: &[Expected] = &expect! {
     kvm_pagewalk {}
     #[cfg(MTK_GVA_WALK)]
     kvm_page_format {}
-    kvm { arch, srcu, mmu_invalidate_in_progress, online_vcpus }
+    kvm { arch, srcu, memslots, mmu_invalidate_seq, mmu_invalidate_in_progress, online_vcpus }
+    kvm_memslots { generation }
+    kvm_host_map { pinned_page, page, hva, pfn, gfn, writable }
     kvm_memory_slot { base_gfn, npages, userspace_addr, flags }
     kvm_arch { disabled_quirks, mmu_valid_gen, vm_type }
     kvm_mmu_page { tdp_mmu_page, unsync, role, gfn, spt, shadowed_translation }

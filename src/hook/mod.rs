@@ -92,6 +92,7 @@ call_ids! {
     PREFETCH_SPTES = mtk_call_id_MTK_CALL_prefetch_sptes;
     TDP_PAGE_FAULT = mtk_call_id_MTK_CALL_tdp_page_fault;
     NEW_PGD = mtk_call_id_MTK_CALL_new_pgd;
+    UNMAP = mtk_call_id_MTK_CALL_unmap;
     TRANSITION_FLUSH = mtk_call_id_MTK_CALL_transition_flush;
 }
 
@@ -176,6 +177,7 @@ hook_ids! {
     INIT_MMU = mtk_hook_id_MTK_HOOK_init_mmu;
     SET_EFER = mtk_hook_id_MTK_HOOK_set_efer;
     LOAD_HOST_STATE = mtk_hook_id_MTK_HOOK_load_host_state;
+    GET_PAGES = mtk_hook_id_MTK_HOOK_get_pages;
 }
 
 impl HookId {

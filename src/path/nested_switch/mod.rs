@@ -8,14 +8,17 @@
 //!
 //! - [`mmu`]: kvm_init_mmu(), the description of the guest's paging;
 //! - [`efer`]: vmx_set_efer(), EFER and the MSRs that are loaded with the guest;
-//! - [`host_state`]: load_vmcs12_host_state(), what L1 finds after an exit of L2.
+//! - [`host_state`]: load_vmcs12_host_state(), what L1 finds after an exit of L2;
+//! - [`pages`]: nested_get_vmcs12_pages(), the guest pages that a vmcs12 names.
 
 mod efer;
 mod host_state;
 mod mmu;
+pub(crate) mod pages;
 
 use super::{Counters, Path};
 use crate::{
+    bindings,
     hook::{CallId, HookId, InFlight},
     kvm::Vcpu,
     policy::{
@@ -33,10 +36,24 @@ const NUMBER: usize = 6;
 pub(super) const PATH: Path = Path {
     name: c_str!("nested_switch"),
     about: c_str!("what a switch between L1 and L2 leaves unchanged is not made again"),
-    hooks: &[HookId::INIT_MMU, HookId::SET_EFER, HookId::LOAD_HOST_STATE],
-    calls: &[CallId::NEW_PGD, CallId::TRANSITION_FLUSH],
-    drain: None,
-    drain_hooks: &[],
+    hooks: &[
+        HookId::INIT_MMU,
+        HookId::SET_EFER,
+        HookId::LOAD_HOST_STATE,
+        HookId::VCPU_PUT,
+        HookId::FREE_NESTED,
+        HookId::SYNC_VMCS02,
+        HookId::GET_PAGES,
+    ],
+    calls: &[
+        CallId::NEW_PGD,
+        CallId::TRANSITION_FLUSH,
+        CallId::WAKE_UP,
+        CallId::GFN_TO_MEMSLOT,
+        CallId::UNMAP,
+    ],
+    drain: Some(drain),
+    drain_hooks: &[HookId::HANDLE_EXIT],
     knobs: &[],
     reasons: &["no_state", "new", "changed", "unusual", "detour"],
 };
@@ -80,6 +97,7 @@ pub(crate) struct Memory {
     mmu: mmu::Memory,
     efer: efer::Memory,
     host_state: host_state::Memory,
+    pages: pages::Memory,
 }
 
 impl Memory {
@@ -89,6 +107,7 @@ impl Memory {
         mmu: mmu::Memory::NEW,
         efer: efer::Memory::NEW,
         host_state: host_state::Memory::NEW,
+        pages: pages::Memory::NEW,
     };
 
     /// Forgets everything.
@@ -96,7 +115,21 @@ impl Memory {
         self.mmu.clear();
         self.efer.clear();
         self.host_state.clear();
+        self.pages.clear();
     }
+}
+
+/// On each exit while the path is being switched off: nothing may be kept any more.
+pub(super) fn leave(raw: *mut bindings::kvm_vcpu) {
+    if super::mode(NUMBER) == Mode::Off {
+        pages::release(raw, HookId::HANDLE_EXIT);
+    }
+}
+
+fn drain() {
+    super::drain::wait_until_none(&[HookId::GET_PAGES, HookId::SYNC_VMCS02], |counters| {
+        counters.nested_switch.is_holding()
+    });
 }
 
 /// Whether the test knob sends this call of the vCPU to the stock code.
