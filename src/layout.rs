@@ -82,6 +82,7 @@ static EXPECTED: &[Expected] = &expect! {
     kvm_mmu_page { tdp_mmu_page, unsync, role, gfn, spt, shadowed_translation }
     kvm_page_fault { addr, prefetch, present, rsvd, is_private, goal_level, gfn, slot }
     page { flags }
+    msr_data { index }
 };
 
 /// Why the running kernel is not the one that this module was built for.

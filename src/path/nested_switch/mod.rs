@@ -9,8 +9,10 @@
 //! - [`mmu`]: kvm_init_mmu(), the description of the guest's paging;
 //! - [`efer`]: vmx_set_efer(), EFER and the MSRs that are loaded with the guest;
 //! - [`host_state`]: load_vmcs12_host_state(), what L1 finds after an exit of L2;
-//! - [`pages`]: nested_get_vmcs12_pages(), the guest pages that a vmcs12 names.
+//! - [`pages`]: nested_get_vmcs12_pages(), the guest pages that a vmcs12 names;
+//! - [`debugctl`]: L1's reads of IA32_DEBUGCTL.
 
+pub(crate) mod debugctl;
 mod efer;
 mod host_state;
 mod mmu;
@@ -44,13 +46,19 @@ pub(super) const PATH: Path = Path {
         HookId::FREE_NESTED,
         HookId::SYNC_VMCS02,
         HookId::GET_PAGES,
+        HookId::RECALC_INTERCEPTS,
+        HookId::SET_MSR,
+        HookId::VCPU_RUN,
     ],
     calls: &[
         CallId::NEW_PGD,
         CallId::TRANSITION_FLUSH,
+        CallId::VCPU_LOAD,
+        CallId::VCPU_PUT,
         CallId::WAKE_UP,
         CallId::GFN_TO_MEMSLOT,
         CallId::UNMAP,
+        CallId::SET_INTERCEPT,
     ],
     drain: Some(drain),
     drain_hooks: &[HookId::HANDLE_EXIT],
@@ -98,6 +106,22 @@ pub(crate) struct Memory {
     efer: efer::Memory,
     host_state: host_state::Memory,
     pages: pages::Memory,
+    debugctl: debugctl::Memory,
+}
+
+/// What another thread may know about a vCPU.
+pub(crate) struct Shared {
+    pages: pages::Shared,
+    debugctl: debugctl::Shared,
+}
+
+impl Shared {
+    pub(crate) const fn new() -> Self {
+        Self {
+            pages: pages::Shared::new(),
+            debugctl: debugctl::Shared::new(),
+        }
+    }
 }
 
 impl Memory {
@@ -108,6 +132,7 @@ impl Memory {
         efer: efer::Memory::NEW,
         host_state: host_state::Memory::NEW,
         pages: pages::Memory::NEW,
+        debugctl: debugctl::Memory::NEW,
     };
 
     /// Forgets everything.
@@ -116,6 +141,7 @@ impl Memory {
         self.efer.clear();
         self.host_state.clear();
         self.pages.clear();
+        self.debugctl.clear();
     }
 }
 
@@ -128,8 +154,13 @@ pub(super) fn leave(raw: *mut bindings::kvm_vcpu) {
 
 fn drain() {
     super::drain::wait_until_none(&[HookId::GET_PAGES, HookId::SYNC_VMCS02], |counters| {
-        counters.nested_switch.is_holding()
+        counters.nested_switch.pages.is_holding()
     });
+    super::drain::drain(
+        &[HookId::LOAD_HOST_STATE],
+        |counters| counters.nested_switch.debugctl.is_open(),
+        debugctl::withdraw,
+    );
 }
 
 /// Whether the test knob sends this call of the vCPU to the stock code.

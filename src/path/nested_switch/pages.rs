@@ -169,10 +169,14 @@ impl Memory {
 #[inline(always)]
 fn publish(memory: &Memory, counters: &CounterSet) {
     let holding = memory.is_holding();
-    if counters.nested_switch.is_holding() != holding {
+    if counters.nested_switch.pages.is_holding() != holding {
         // Whose thread may have to be sent out.
         counters.fields.note_thread();
-        counters.nested_switch.0.store(holding, Ordering::Release);
+        counters
+            .nested_switch
+            .pages
+            .0
+            .store(holding, Ordering::Release);
     }
 }
 
@@ -384,7 +388,7 @@ pub(crate) fn exited(vcpu: Vcpu) {
 pub(crate) fn release(raw: *mut bindings::kvm_vcpu, hook: HookId) {
     // SAFETY: The hooked function's own argument.
     let vcpu = unsafe { Vcpu::from_hook(raw) };
-    let holding = |_: &mut Local, counters: &CounterSet| counters.nested_switch.is_holding();
+    let holding = |_: &mut Local, counters: &CounterSet| counters.nested_switch.pages.is_holding();
     if state::with(vcpu, holding) != Some(true) {
         return;
     }
