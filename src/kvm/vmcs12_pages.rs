@@ -76,6 +76,22 @@ pub(crate) struct Stamp {
 pub(crate) struct HostMap(bindings::kvm_host_map);
 
 impl HostMap {
+    /// None, and not to be released.
+    pub(crate) const NONE: Self = Self(bindings::kvm_host_map {
+        pinned_page: core::ptr::null_mut(),
+        page: core::ptr::null_mut(),
+        hva: core::ptr::null_mut(),
+        pfn: 0,
+        gfn: 0,
+        writable: false,
+    });
+
+    /// Whether `other` pins the same page at the same place.
+    #[inline(always)]
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        core::ptr::eq(self.0.pinned_page, other.0.pinned_page) && self.0.gfn == other.0.gfn
+    }
+
     /// Number of the guest's page frame.
     #[inline(always)]
     pub(crate) fn gfn(&self) -> u64 {
@@ -261,67 +277,87 @@ impl Vcpu {
         (!vmcs02.is_null() && !vmcs01.is_null()).then_some((vmcs02, vmcs01.cast_const()))
     }
 
-    /// What the bitmap of vmcs02 shall be by L1's bitmap, which is read now, and vmcs01's; nothing if L1 uses none.
-    /// `None` if KVM has none, or L1's cannot be read: what is to happen then is the stock code's to say. May sleep.
-    #[inline(always)]
-    pub(crate) fn merge_msr_bitmap(
-        self,
-        m: Vmcs12,
-        memory: &mut GuestMemory,
-    ) -> Option<Option<MsrBitmap>> {
-        const USED: u64 = USE_MSR_BITMAPS as u64;
-        if field!(m, cpu_based_vm_exec_control) & USED == 0 {
-            return Some(None);
-        }
-        let (_, vmcs01) = self.msr_bitmaps()?;
-        let page = field!(m, msr_bitmap) & !PAGE_MASK;
-        let mut l1 = |index: usize| memory.read_u64(page | index as u64 * 8);
-        let mut merged = MsrBitmap {
-            words: [0; MERGED_WORDS],
-            reads: [u64::MAX; X2APIC_WORDS],
-            first_writes: u64::MAX,
-        };
-        for (word, entry) in merged.words.iter_mut().zip(MERGED) {
-            // SAFETY: A whole page, which only this thread writes; every index of the table is within it.
-            *word = entry.word(l1(entry.index)?, unsafe { vmcs01.add(entry.index).read() });
-        }
-        let secondary = secondary_controls(m);
-        if secondary & VIRTUALIZE_X2APIC != 0 {
-            let x2apic = X2apic {
-                registers: secondary & APIC_REGISTER_VIRT != 0,
-                delivery: secondary & VIRTUAL_INTR_DELIVERY != 0,
-            };
-            for (n, word) in merged.reads.iter_mut().enumerate() {
-                if n == 0 || x2apic.all_reads() {
-                    *word = x2apic.reads(n, l1(X2APIC_READS + n)?);
-                }
-            }
-            merged.first_writes = x2apic.first_writes(l1(X2APIC_WRITES)?);
-        }
-        Some(Some(merged))
-    }
-
-    /// Makes the bitmap of vmcs02 what `merge_msr_bitmap` said, and has the processor use it if L1 uses one. `whole`:
-    /// the rest of the bitmap, too, which may have been the stock code's.
+    /// Makes the bitmap of vmcs02 what L1's bitmap, which is read now, and vmcs01's say. `whole`: the rest of the bitmap,
+    /// too, which may have been the stock code's. Returns whether L1 uses a bitmap at all. `None` if KVM has none, or
+    /// L1's cannot be read: what is to happen then is the stock code's to say, which writes every word again that may
+    /// be written here. May sleep.
     ///
     /// # Safety
     ///
-    /// In the handler of nested_get_vmcs12_pages(), with vmcs02 loaded, after `merge_msr_bitmap` in the same call.
+    /// In the handler of nested_get_vmcs12_pages().
     #[inline(always)]
-    pub(crate) unsafe fn write_msr_bitmap(self, merged: Option<&MsrBitmap>, whole: bool) {
-        let was = read!(self, nested.vmcs02.controls_shadow.exec);
-        let mut now = was & !USE_MSR_BITMAPS;
-        if let (Some(merged), Some((bitmap, _))) = (merged, self.msr_bitmaps()) {
-            // SAFETY: A whole page, which only this thread writes and no processor uses before vmcs02 runs.
-            unsafe {
-                if whole {
-                    bitmap.write_bytes(0xff, msr_bitmap::WORDS);
-                }
-                merged.each(|index, word| bitmap.add(index).write(word));
-                (&raw mut (*self.raw()).nested.force_msr_bitmap_recalc).write(false);
-            }
-            now |= USE_MSR_BITMAPS;
+    pub(crate) unsafe fn merge_msr_bitmap(
+        self,
+        m: Vmcs12,
+        memory: &mut GuestMemory,
+        whole: bool,
+    ) -> Option<bool> {
+        if field!(m, cpu_based_vm_exec_control) & u64::from(USE_MSR_BITMAPS) == 0 {
+            return Some(false);
         }
+        let (bitmap, _) = self.msr_bitmaps()?;
+        // SAFETY: A whole page, which only this thread writes and no processor uses before vmcs02 runs.
+        unsafe {
+            if whole {
+                bitmap.write_bytes(0xff, msr_bitmap::WORDS);
+            }
+            self.merge(m, memory, |index, word| bitmap.add(index).write(word))?;
+            (&raw mut (*self.raw()).nested.force_msr_bitmap_recalc).write(false);
+        }
+        Some(true)
+    }
+
+    /// Each word of the bitmap of vmcs02 that is not always all ones.
+    #[inline(always)]
+    fn merge(
+        self,
+        m: Vmcs12,
+        memory: &mut GuestMemory,
+        mut f: impl FnMut(usize, u64),
+    ) -> Option<()> {
+        let (_, vmcs01) = self.msr_bitmaps()?;
+        let page = memory.page(field!(m, msr_bitmap))?;
+        for entry in &MERGED {
+            // SAFETY: A whole page, which only this thread writes; every index of the table is within it.
+            let ours = unsafe { vmcs01.add(entry.index).read() };
+            f(entry.index, entry.word(page.read_u64(entry.index)?, ours));
+        }
+        let secondary = secondary_controls(m);
+        if secondary & VIRTUALIZE_X2APIC == 0 {
+            (0..X2APIC_WORDS).for_each(|n| f(X2APIC_READS + n, u64::MAX));
+            f(X2APIC_WRITES, u64::MAX);
+            return Some(());
+        }
+        let x2apic = X2apic {
+            registers: secondary & APIC_REGISTER_VIRT != 0,
+            delivery: secondary & VIRTUAL_INTR_DELIVERY != 0,
+        };
+        for n in 0..X2APIC_WORDS {
+            f(
+                X2APIC_READS + n,
+                x2apic.reads(n, page.read_u64(X2APIC_READS + n)?),
+            );
+        }
+        f(
+            X2APIC_WRITES,
+            x2apic.first_writes(page.read_u64(X2APIC_WRITES)?),
+        );
+        Some(())
+    }
+
+    /// Has the processor use the bitmap of vmcs02, or not.
+    ///
+    /// # Safety
+    ///
+    /// In the handler of nested_get_vmcs12_pages(), with vmcs02 loaded; to use it, after `merge_msr_bitmap`.
+    #[inline(always)]
+    pub(crate) unsafe fn use_msr_bitmap(self, used: bool) {
+        let was = read!(self, nested.vmcs02.controls_shadow.exec);
+        let now = if used {
+            was | USE_MSR_BITMAPS
+        } else {
+            was & !USE_MSR_BITMAPS
+        };
         if now != was {
             // SAFETY: By this function's contract; as exec_controls_setbit() and exec_controls_clearbit() do.
             unsafe {
@@ -334,14 +370,13 @@ impl Vcpu {
     /// The first word in which KVM's bitmap of vmcs02 is not `merged`.
     pub(crate) fn compare_msr_bitmap(self, merged: &MsrBitmap) -> Option<usize> {
         let (bitmap, _) = self.msr_bitmaps()?;
-        let mut differs = None;
-        merged.each(|index, word| {
-            // SAFETY: As above.
-            if unsafe { bitmap.add(index).read() } != word {
-                differs = differs.or(Some(index));
-            }
-        });
-        differs
+        // SAFETY: As above; each index is one of `merge`'s.
+        let is = |&(index, word): &(usize, u64)| unsafe { bitmap.add(index).read() } == word;
+        merged
+            .0
+            .iter()
+            .find(|entry| !is(entry))
+            .map(|&(index, _)| index)
     }
 }
 
@@ -355,23 +390,23 @@ fn secondary_controls(m: Vmcs12) -> u64 {
     }
 }
 
-/// The words of an MSR bitmap that are not always all ones.
+/// The words of an MSR bitmap that are not always all ones, each with its number.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) struct MsrBitmap {
-    words: [u64; MERGED_WORDS],
-    reads: [u64; X2APIC_WORDS],
-    first_writes: u64,
-}
+pub(crate) struct MsrBitmap([(usize, u64); MERGED_WORDS + X2APIC_WORDS + 1]);
 
 impl MsrBitmap {
-    #[inline(always)]
-    fn each(&self, mut f: impl FnMut(usize, u64)) {
-        for (entry, &word) in MERGED.iter().zip(&self.words) {
-            f(entry.index, word);
+    /// What `merge_msr_bitmap` would write now; `None` if it would write nothing.
+    pub(crate) fn merge(vcpu: Vcpu, m: Vmcs12, memory: &mut GuestMemory) -> Option<Self> {
+        if field!(m, cpu_based_vm_exec_control) & u64::from(USE_MSR_BITMAPS) == 0 {
+            return None;
         }
-        for (n, &word) in self.reads.iter().enumerate() {
-            f(X2APIC_READS + n, word);
-        }
-        f(X2APIC_WRITES, self.first_writes);
+        let mut words = [(0, 0); MERGED_WORDS + X2APIC_WORDS + 1];
+        let mut next = words.iter_mut();
+        vcpu.merge(m, memory, |index, word| {
+            next.next()
+                .into_iter()
+                .for_each(|slot| *slot = (index, word));
+        })?;
+        Some(Self(words))
     }
 }

@@ -112,12 +112,6 @@ pub struct X2apic {
 }
 
 impl X2apic {
-    /// Whether L1's words for reads matter beyond the first.
-    #[inline(always)]
-    pub const fn all_reads(self) -> bool {
-        self.registers
-    }
-
     /// The word of reads at `n`, below [`X2APIC_WORDS`].
     #[inline(always)]
     pub const fn reads(self, n: usize, l1: u64) -> u64 {

@@ -78,11 +78,8 @@ fn module(l0: &mut [u64], l1: &[u64], vmcs01: &[u64], x2apic: Option<X2apic>) {
         l0[merged.index] = merged.word(l1[merged.index], vmcs01[merged.index]);
     }
     for n in 0..X2APIC_WORDS {
-        l0[X2APIC_READS + n] = x2apic.map_or(u64::MAX, |x2apic| {
-            let word = l1[X2APIC_READS + n];
-            let read = n == 0 || x2apic.all_reads();
-            x2apic.reads(n, if read { word } else { 0 })
-        });
+        l0[X2APIC_READS + n] =
+            x2apic.map_or(u64::MAX, |x2apic| x2apic.reads(n, l1[X2APIC_READS + n]));
     }
     l0[X2APIC_WRITES] = x2apic.map_or(u64::MAX, |x2apic| x2apic.first_writes(l1[X2APIC_WRITES]));
 }
