@@ -38,7 +38,11 @@
 	HOOK(tdp_page_fault, kvm, kvm_tdp_page_fault, 2)		\
 	HOOK(init_mmu, kvm, kvm_init_mmu, 1)				\
 	HOOK(set_efer, kvm_intel, vmx_set_efer, 2)			\
-	HOOK(load_host_state, kvm_intel, load_vmcs12_host_state, 2)
+	HOOK(load_host_state, kvm_intel, load_vmcs12_host_state, 2)	\
+	HOOK(get_pages, kvm_intel, nested_get_vmcs12_pages, 1)		\
+	HOOK(recalc_intercepts, kvm_intel, vmx_recalc_intercepts, 1)	\
+	HOOK(set_msr, kvm_intel, vmx_set_msr, 2)			\
+	HOOK(vcpu_run, kvm_intel, vmx_vcpu_run, 2)
 
 /*
  * KVM functions that Matryoshka calls: CALL(id, module, symbol, nargs), with the same checks, up to 5
@@ -64,4 +68,6 @@
 	CALL(prefetch_sptes, kvm, kvm_mmu_prefetch_sptes, 5)		\
 	CALL(tdp_page_fault, kvm, kvm_tdp_page_fault, 2)		\
 	CALL(new_pgd, kvm, kvm_mmu_new_pgd, 2)				\
+	CALL(unmap, kvm, kvm_vcpu_unmap, 2)				\
+	CALL(set_intercept, kvm_intel, vmx_set_intercept_for_msr, 4)	\
 	CALL(transition_flush, kvm_intel, nested_vmx_transition_tlb_flush, 3)

@@ -44,17 +44,18 @@ static EXPECTED: &[Expected] = &expect! {
     nested_vmx {
         current_vmptr, cached_vmcs12, need_vmcs12_to_shadow_sync, dirty_vmcs12,
         need_sync_vmcs02_to_vmcs12_rare, vmcs02, msrs, vmxon, vmxon_ptr, posted_intr_nv,
-        cached_shadow_vmcs12,
+        cached_shadow_vmcs12, apic_access_page_map, virtual_apic_map, pi_desc_map, pi_desc,
+        force_msr_bitmap_recalc,
     }
     nested_vmx_msrs { misc_low, secondary_ctls_high }
-    loaded_vmcs { vmcs, shadow_vmcs, cpu, controls_shadow }
-    vmcs_controls_shadow { vm_entry, vm_exit, secondary_exec }
+    loaded_vmcs { vmcs, shadow_vmcs, cpu, controls_shadow, msr_bitmap }
+    vmcs_controls_shadow { vm_entry, vm_exit, exec, secondary_exec }
     vmcs12 {
         io_bitmap_a, vmcs_link_pointer, cr0_guest_host_mask, guest_cr0, host_cr0,
         pin_based_vm_exec_control, secondary_vm_exec_control, guest_activity_state, virtual_processor_id, host_tr_selector,
         guest_pml_index,
     }
-    kvm_vcpu { kvm, arch, run, guest_debug }
+    kvm_vcpu { kvm, arch, run, guest_debug, wants_to_run }
     kvm_vcpu_arch {
         regs, regs_avail, cr0, cr4, efer, hflags, mmu, guest_mmu, nested_run_pending,
         reserved_gpa_bits, mmu_pte_list_desc_cache, root_mmu, regs_dirty, rip, cr0_guest_owned_bits, cr3,
@@ -73,13 +74,15 @@ static EXPECTED: &[Expected] = &expect! {
     kvm_pagewalk {}
     #[cfg(MTK_GVA_WALK)]
     kvm_page_format {}
-    kvm { arch, mm, srcu, mmu_invalidate_in_progress, online_vcpus, memslots }
+    kvm { arch, mm, srcu, memslots, mmu_invalidate_seq, mmu_invalidate_in_progress, online_vcpus }
     kvm_memslots { generation }
+    kvm_host_map { pinned_page, page, hva, pfn, gfn, writable }
     kvm_memory_slot { base_gfn, npages, dirty_bitmap, userspace_addr, flags, id }
     kvm_arch { disabled_quirks, mmu_valid_gen, mmu_page_hash, vm_type }
     kvm_mmu_page { hash_link, tdp_mmu_page, unsync, role, gfn, spt, shadowed_translation }
     kvm_page_fault { addr, prefetch, present, rsvd, is_private, goal_level, gfn, slot }
     page { flags }
+    msr_data { index }
 };
 
 /// Why the running kernel is not the one that this module was built for.
@@ -188,7 +191,8 @@ pub(crate) fn check(fault: usize) -> Result<Prototypes, Mismatch> {
         hooks: [false; hook::COUNT],
         calls: [false; hook::CALLS],
     };
-    let mut functions: [Option<Function>; hook::COUNT + hook::CALLS] = [None; hook::COUNT + hook::CALLS];
+    let mut functions: [Option<Function>; hook::COUNT + hook::CALLS] =
+        [None; hook::COUNT + hook::CALLS];
     let all = HookId::all().map(HookId::function);
     let all = Iterator::chain(all, CallId::all().map(CallId::function));
     for (slot, function) in functions.iter_mut().zip(all) {

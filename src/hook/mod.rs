@@ -92,6 +92,8 @@ call_ids! {
     PREFETCH_SPTES = mtk_call_id_MTK_CALL_prefetch_sptes;
     TDP_PAGE_FAULT = mtk_call_id_MTK_CALL_tdp_page_fault;
     NEW_PGD = mtk_call_id_MTK_CALL_new_pgd;
+    UNMAP = mtk_call_id_MTK_CALL_unmap;
+    SET_INTERCEPT = mtk_call_id_MTK_CALL_set_intercept;
     TRANSITION_FLUSH = mtk_call_id_MTK_CALL_transition_flush;
 }
 
@@ -182,6 +184,10 @@ hook_ids! {
     INIT_MMU = mtk_hook_id_MTK_HOOK_init_mmu;
     SET_EFER = mtk_hook_id_MTK_HOOK_set_efer;
     LOAD_HOST_STATE = mtk_hook_id_MTK_HOOK_load_host_state;
+    GET_PAGES = mtk_hook_id_MTK_HOOK_get_pages;
+    RECALC_INTERCEPTS = mtk_hook_id_MTK_HOOK_recalc_intercepts;
+    SET_MSR = mtk_hook_id_MTK_HOOK_set_msr;
+    VCPU_RUN = mtk_hook_id_MTK_HOOK_vcpu_run;
 }
 
 impl HookId {

@@ -3,7 +3,7 @@
 
 use super::{vcpu::read, Vcpu};
 use crate::{bindings, hook::CallId};
-use core::{arch::asm, mem::MaybeUninit};
+use core::{arch::asm, marker::PhantomData, mem::MaybeUninit};
 use kernel::uaccess::{UserPtr, UserSlice};
 
 /// Bytes of a page.
@@ -17,10 +17,24 @@ pub(crate) const PAGE: usize = 4096;
 /// stay as they are; the current task has the VMM's address space.
 pub(crate) struct GuestMemory {
     vcpu: Vcpu,
-    /// The slot's first address, its length in bytes and where the VMM has it.
+    slot: Window,
+}
+
+/// An ordinary slot: its first address, its length in bytes and where the VMM has it.
+#[derive(Clone, Copy)]
+pub(crate) struct Window {
     base: u64,
     len: u64,
     host: u64,
+}
+
+impl Window {
+    /// No slot.
+    pub(crate) const EMPTY: Self = Self {
+        base: 0,
+        len: 0,
+        host: 0,
+    };
 }
 
 impl GuestMemory {
@@ -31,9 +45,7 @@ impl GuestMemory {
         // INVARIANT: By this function's contract.
         Self {
             vcpu,
-            base: 0,
-            len: 0,
-            host: 0,
+            slot: Window::EMPTY,
         }
     }
 
@@ -53,12 +65,29 @@ impl GuestMemory {
         }
     }
 
+    /// As `new`, with a slot that `slot` gave before.
+    ///
+    /// # Safety
+    ///
+    /// As for `new`; the memory slots are those that they were then.
+    #[inline(always)]
+    pub(crate) unsafe fn with_slot(vcpu: Vcpu, slot: Window) -> Self {
+        // INVARIANT: By this function's contract.
+        Self { vcpu, slot }
+    }
+
+    /// The slot that served last.
+    #[inline(always)]
+    pub(crate) fn slot(&self) -> Window {
+        self.slot
+    }
+
     /// Where the VMM has this address; `None` if it is in no ordinary slot.
     #[inline(always)]
     pub(crate) fn host_address(&mut self, gpa: u64) -> Option<u64> {
-        let offset = gpa.wrapping_sub(self.base);
-        if offset < self.len {
-            return Some(self.host.wrapping_add(offset));
+        let offset = gpa.wrapping_sub(self.slot.base);
+        if offset < self.slot.len {
+            return Some(self.slot.host.wrapping_add(offset));
         }
         self.find_slot(gpa)
     }
@@ -74,17 +103,29 @@ impl GuestMemory {
         if slot.flags & !bindings::KVM_MEM_LOG_DIRTY_PAGES != 0 {
             return None;
         }
-        self.base = slot.base_gfn << 12;
-        self.len = (slot.npages as u64) << 12;
-        self.host = slot.userspace_addr as u64;
-        let offset = gpa.wrapping_sub(self.base);
-        (offset < self.len).then(|| self.host.wrapping_add(offset))
+        self.slot = Window {
+            base: slot.base_gfn << 12,
+            len: (slot.npages as u64) << 12,
+            host: slot.userspace_addr as u64,
+        };
+        let offset = gpa.wrapping_sub(self.slot.base);
+        (offset < self.slot.len).then(|| self.slot.host.wrapping_add(offset))
     }
 
     /// Reads eight bytes that do not cross a page. May sleep.
     #[inline(always)]
     pub(crate) fn read_u64(&mut self, gpa: u64) -> Option<u64> {
         read_host_u64(self.host_address(gpa)?)
+    }
+
+    /// The page that this address is in, to be read by words.
+    #[inline(always)]
+    pub(crate) fn page(&mut self, gpa: u64) -> Option<GuestPage<'_>> {
+        let host = self.host_address(gpa & !(PAGE as u64 - 1))?;
+        Some(GuestPage {
+            host,
+            _memory: PhantomData,
+        })
     }
 
     /// Reads the page at `gpa`. `false`, with the page half-written, if it cannot be read. May sleep.
@@ -102,6 +143,23 @@ impl GuestMemory {
             .reader()
             .read_raw(to)
             .is_ok()
+    }
+}
+
+/// A page of guest memory.
+pub(crate) struct GuestPage<'a> {
+    host: u64,
+    _memory: PhantomData<&'a mut GuestMemory>,
+}
+
+impl GuestPage<'_> {
+    /// Reads the word of this number. May sleep.
+    #[inline(always)]
+    pub(crate) fn read_u64(&self, index: usize) -> Option<u64> {
+        read_host_u64(
+            self.host
+                .wrapping_add((index as u64 * 8) & (PAGE as u64 - 1)),
+        )
     }
 }
 

@@ -4,6 +4,7 @@
 use super::{vcpu::read, vmcs12::field, vmx, Vcpu, Vmcs12};
 use crate::{
     bindings,
+    hook::CallId,
     policy::host_state::{self, Inputs, Plan},
 };
 
@@ -120,6 +121,36 @@ impl Vcpu {
             read!(self, vcpu.arch.cpu_caps[word(ibt)]),
         );
         a & 1 << (shstk % 32) | b & 1 << (ibt % 32) != 0
+    }
+
+    /// Whether the host's own IA32_DEBUGCTL has one of the bits that the guest runs with and shall not see.
+    #[inline(always)]
+    pub(crate) fn host_owns_debugctl(self) -> bool {
+        read!(self, vcpu.arch.host_debugctl) & u64::from(bindings::MTK_HOST_OWNED_DEBUGCTL) != 0
+    }
+
+    /// Lets L1's reads of IA32_DEBUGCTL pass, or has them exit as on stock. Returns whether they pass: not if the
+    /// VMM's filter of MSRs is against it.
+    ///
+    /// # Safety
+    ///
+    /// On the vCPU's thread. While they pass, the register is to have what KVM would give.
+    pub(crate) unsafe fn pass_debugctl_reads(self, pass: bool) -> bool {
+        const MSR_TYPE_R: usize = 1;
+        const USE_MSR_BITMAPS: u32 = 1 << 28;
+        const WORD: usize = bindings::MTK_MSR_DEBUGCTL as usize / 64;
+        const BIT: u64 = 1 << (bindings::MTK_MSR_DEBUGCTL % 64);
+        let msr = bindings::MTK_MSR_DEBUGCTL as usize;
+        let args = [self.key(), msr, MSR_TYPE_R, usize::from(!pass)];
+        // SAFETY: By this function's contract; KVM calls it so for other MSRs.
+        let called = unsafe { CallId::SET_INTERCEPT.call(args) }.is_some();
+        let bitmap = read!(self, vmcs01.msr_bitmap).cast::<u64>();
+        called
+            && pass
+            && !bitmap.is_null()
+            && read!(self, vmcs01.controls_shadow.exec) & USE_MSR_BITMAPS != 0
+            // SAFETY: A whole page, which only this thread changes.
+            && unsafe { bitmap.add(WORD).read() } & BIT == 0
     }
 
     #[inline(always)]

@@ -16,6 +16,7 @@ pub(crate) mod vcpu;
 pub(crate) mod visit;
 pub(crate) mod vmcs02;
 pub(crate) mod vmcs12;
+pub(crate) mod vmcs12_pages;
 pub(crate) mod vmx;
 
 use core::sync::atomic::{AtomicBool, Ordering};

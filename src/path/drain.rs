@@ -34,11 +34,35 @@ pub(super) fn wait_for_handlers(sections: &[HookId]) {
 }
 
 /// Sends a vCPU that sleeps in KVM_RUN out, as by a signal; its VMM sees EINTR.
-pub(super) fn send_out(raw: *mut bindings::kvm_vcpu, counters: &CounterSet) {
+fn send_out(raw: *mut bindings::kvm_vcpu, counters: &CounterSet) {
     thread::interrupt(counters.fields.thread());
     // SAFETY: Neither vCPU nor state goes meanwhile (`for_each_vcpu`); wakes the vCPU's thread if it sleeps in
     // kvm_vcpu_block().
     unsafe { CallId::WAKE_UP.call([raw as usize]) };
+}
+
+/// Waits until nothing is kept for any vCPU. One that runs gives it back on its next exit, one that sleeps in
+/// KVM_RUN is sent out, and one that is out has nothing.
+pub(super) fn wait_until_none(sections: &[HookId], holding: fn(&CounterSet) -> bool) {
+    wait_for_handlers(sections);
+    let mut rounds = 0u32;
+    loop {
+        let mut left = false;
+        state::for_each_vcpu(|raw, counters| {
+            if holding(counters) {
+                left = true;
+                if rounds >= PATIENCE {
+                    send_out(raw, counters);
+                }
+            }
+        });
+        if !left {
+            return;
+        }
+        rounds = rounds.saturating_add(1);
+        // SAFETY: Process context.
+        unsafe { bindings::msleep(1) };
+    }
 }
 
 /// Gives every vCPU back for which `pending` holds. A vCPU that runs does it on its next entry (a tick of the

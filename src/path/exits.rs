@@ -89,6 +89,7 @@ extern "C" fn mtk_on_handle_exit(
     _cont: Continuation,
 ) -> Verdict {
     super::vmptrld::leave(vcpu);
+    super::nested_switch::leave(vcpu);
     if !COUNTING.load(Ordering::Relaxed) {
         return Verdict::STOCK;
     }

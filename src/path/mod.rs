@@ -204,6 +204,8 @@ pub(crate) struct CounterSet {
     pub(crate) vmptrld: vmptrld::Shared,
     /// As `fields`, for the path `l2fields`.
     pub(crate) l2fields: l2fields::Shared,
+    /// As `fields`, for the path `nested_switch`.
+    pub(crate) nested_switch: nested_switch::Shared,
 }
 
 impl CounterSet {
@@ -215,6 +217,7 @@ impl CounterSet {
             fields: fields::Shared::new(),
             vmptrld: vmptrld::Shared::new(),
             l2fields: l2fields::Shared::new(),
+            nested_switch: nested_switch::Shared::new(),
         }
     }
 

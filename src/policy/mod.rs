@@ -11,6 +11,7 @@ pub mod knob;
 pub mod learn;
 pub mod masks;
 pub mod mode;
+pub mod msr_bitmap;
 pub mod operand;
 pub mod reach;
 pub mod role;

@@ -226,6 +226,7 @@ extern "C" fn mtk_on_sync_vmcs02(
             }
         }
     });
+    super::nested_switch::pages::exited(vcpu);
     Verdict::STOCK
 }
 

@@ -89,6 +89,8 @@ extern "C" fn mtk_on_load_host_state(
                 }
                 paging.restore(vcpu, key.is_nested());
                 count.taken.bump();
+                // SAFETY: In this handler, and `load_host_state` has loaded the register.
+                unsafe { memory.debugctl.loaded(vcpu, counters) };
                 Some(())
             });
             if let Some(Some(())) = done {

@@ -8,14 +8,19 @@
 //!
 //! - [`mmu`]: kvm_init_mmu(), the description of the guest's paging;
 //! - [`efer`]: vmx_set_efer(), EFER and the MSRs that are loaded with the guest;
-//! - [`host_state`]: load_vmcs12_host_state(), what L1 finds after an exit of L2.
+//! - [`host_state`]: load_vmcs12_host_state(), what L1 finds after an exit of L2;
+//! - [`pages`]: nested_get_vmcs12_pages(), the guest pages that a vmcs12 names;
+//! - [`debugctl`]: L1's reads of IA32_DEBUGCTL.
 
+pub(crate) mod debugctl;
 mod efer;
 mod host_state;
 mod mmu;
+pub(crate) mod pages;
 
 use super::{Counters, Path};
 use crate::{
+    bindings,
     hook::{CallId, HookId, InFlight},
     kvm::Vcpu,
     policy::{
@@ -33,10 +38,30 @@ const NUMBER: usize = 6;
 pub(super) const PATH: Path = Path {
     name: c_str!("nested_switch"),
     about: c_str!("what a switch between L1 and L2 leaves unchanged is not made again"),
-    hooks: &[HookId::INIT_MMU, HookId::SET_EFER, HookId::LOAD_HOST_STATE],
-    calls: &[CallId::NEW_PGD, CallId::TRANSITION_FLUSH],
-    drain: None,
-    drain_hooks: &[],
+    hooks: &[
+        HookId::INIT_MMU,
+        HookId::SET_EFER,
+        HookId::LOAD_HOST_STATE,
+        HookId::VCPU_PUT,
+        HookId::FREE_NESTED,
+        HookId::SYNC_VMCS02,
+        HookId::GET_PAGES,
+        HookId::RECALC_INTERCEPTS,
+        HookId::SET_MSR,
+        HookId::VCPU_RUN,
+    ],
+    calls: &[
+        CallId::NEW_PGD,
+        CallId::TRANSITION_FLUSH,
+        CallId::VCPU_LOAD,
+        CallId::VCPU_PUT,
+        CallId::WAKE_UP,
+        CallId::GFN_TO_MEMSLOT,
+        CallId::UNMAP,
+        CallId::SET_INTERCEPT,
+    ],
+    drain: Some(drain),
+    drain_hooks: &[HookId::HANDLE_EXIT],
     knobs: &[],
     reasons: &["no_state", "new", "changed", "unusual", "detour"],
 };
@@ -80,6 +105,23 @@ pub(crate) struct Memory {
     mmu: mmu::Memory,
     efer: efer::Memory,
     host_state: host_state::Memory,
+    pages: pages::Memory,
+    debugctl: debugctl::Memory,
+}
+
+/// What another thread may know about a vCPU.
+pub(crate) struct Shared {
+    pages: pages::Shared,
+    debugctl: debugctl::Shared,
+}
+
+impl Shared {
+    pub(crate) const fn new() -> Self {
+        Self {
+            pages: pages::Shared::new(),
+            debugctl: debugctl::Shared::new(),
+        }
+    }
 }
 
 impl Memory {
@@ -89,6 +131,8 @@ impl Memory {
         mmu: mmu::Memory::NEW,
         efer: efer::Memory::NEW,
         host_state: host_state::Memory::NEW,
+        pages: pages::Memory::NEW,
+        debugctl: debugctl::Memory::NEW,
     };
 
     /// Forgets everything.
@@ -96,7 +140,27 @@ impl Memory {
         self.mmu.clear();
         self.efer.clear();
         self.host_state.clear();
+        self.pages.clear();
+        self.debugctl.clear();
     }
+}
+
+/// On each exit while the path is being switched off: nothing may be kept any more.
+pub(super) fn leave(raw: *mut bindings::kvm_vcpu) {
+    if super::mode(NUMBER) == Mode::Off {
+        pages::release(raw, HookId::HANDLE_EXIT);
+    }
+}
+
+fn drain() {
+    super::drain::wait_until_none(&[HookId::GET_PAGES, HookId::SYNC_VMCS02], |counters| {
+        counters.nested_switch.pages.is_holding()
+    });
+    super::drain::drain(
+        &[HookId::LOAD_HOST_STATE],
+        |counters| counters.nested_switch.debugctl.is_open(),
+        debugctl::withdraw,
+    );
 }
 
 /// Whether the test knob sends this call of the vCPU to the stock code.

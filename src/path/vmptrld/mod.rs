@@ -25,7 +25,7 @@ mod regions;
 pub(crate) use regions::Regions;
 pub(super) use regions::MOST;
 
-use super::{fields, CounterSet, Counters, Local, Path};
+use super::{fields, nested_switch::pages, CounterSet, Counters, Local, Path};
 use crate::{
     bindings,
     hook::{CallId, Continuation, HookId, InFlight, Verdict},
@@ -390,6 +390,7 @@ fn flush(raw: *mut bindings::kvm_vcpu, hook: HookId) {
 #[no_mangle]
 extern "C" fn mtk_on_free_nested(vcpu: *mut bindings::kvm_vcpu, _cont: Continuation) -> Verdict {
     flush(vcpu, HookId::FREE_NESTED);
+    pages::release(vcpu, HookId::FREE_NESTED);
     super::l2fields::end(vcpu);
     Verdict::STOCK
 }
@@ -398,6 +399,7 @@ extern "C" fn mtk_on_free_nested(vcpu: *mut bindings::kvm_vcpu, _cont: Continuat
 #[no_mangle]
 extern "C" fn mtk_on_vcpu_put(vcpu: *mut bindings::kvm_vcpu, _cont: Continuation) -> Verdict {
     flush(vcpu, HookId::VCPU_PUT);
+    pages::release(vcpu, HookId::VCPU_PUT);
     Verdict::STOCK
 }
 
@@ -408,29 +410,10 @@ pub(super) fn leave(raw: *mut bindings::kvm_vcpu) {
     }
 }
 
-/// Rounds of about a millisecond after which a vCPU that sleeps in KVM_RUN is sent out.
-const PATIENCE: u32 = 50;
-
-/// Waits until nothing is kept for any vCPU. One that runs writes it back on its next exit, one that sleeps
-/// in KVM_RUN is sent out, and one that is out has nothing.
+/// One that runs writes it back on its next exit.
 fn drain() {
-    super::drain::wait_for_handlers(&[HookId::HANDLE_VMPTRLD, HookId::HANDLE_VMCLEAR]);
-    let mut rounds = 0u32;
-    loop {
-        let mut left = false;
-        state::for_each_vcpu(|raw, counters| {
-            if counters.vmptrld.holding.load(Ordering::Acquire) {
-                left = true;
-                if rounds >= PATIENCE {
-                    super::drain::send_out(raw, counters);
-                }
-            }
-        });
-        if !left {
-            return;
-        }
-        rounds = rounds.saturating_add(1);
-        // SAFETY: Process context.
-        unsafe { bindings::msleep(1) };
-    }
+    super::drain::wait_until_none(
+        &[HookId::HANDLE_VMPTRLD, HookId::HANDLE_VMCLEAR],
+        |counters| counters.vmptrld.holding.load(Ordering::Acquire),
+    );
 }

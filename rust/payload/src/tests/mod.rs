@@ -21,6 +21,7 @@ mod launches;
 mod links;
 mod model;
 mod pair;
+mod pages;
 mod script;
 mod shadowing;
 mod touch;
@@ -87,6 +88,10 @@ const GROUPS: &[Group] = &[
     Group {
         name: "links",
         run: links::run,
+    },
+    Group {
+        name: "pages",
+        run: pages::run,
     },
     Group {
         name: "ept_rights",
