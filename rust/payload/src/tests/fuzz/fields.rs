@@ -4,7 +4,8 @@
 use crate::vmx::field::*;
 
 /// Fields that a program never writes at random: what brings the payload back after an exit; what would let a child
-/// wait for what never comes (page tables where no memory is, too: KVM would deliver a page fault for ever); what names memory that the processor writes to, or lists whose length makes KVM warn.
+/// wait for what never comes (page tables where no memory is, too: KVM would deliver a page fault for ever); what names
+/// memory that the processor writes to, or lists whose length makes KVM warn.
 pub const OURS: [u32; 28] = [
     GUEST_CR3,
     CPU_BASED_VM_EXEC_CONTROL,
