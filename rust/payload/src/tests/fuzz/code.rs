@@ -165,17 +165,7 @@ fn snippet(numbers: &mut Numbers, arena: &Arena, code: &mut Writer) {
             any(numbers, &[2, 8, 1 << 16, 1 << 18, 10, 1, 1 << 31]),
         ),
         11 => {
-            let bits = [
-                4,
-                8,
-                0x80,
-                0x400,
-                1 << 20,
-                1 << 13,
-                1 << 5,
-                1 << 18,
-                1 << 31,
-            ];
+            let bits = [4, 8, 0x80, 0x400, 1 << 20, 1 << 13, 1 << 18, 1 << 31];
             toggle(code, 4, any(numbers, &bits));
         }
         12 => {
