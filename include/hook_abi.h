@@ -44,5 +44,13 @@ extern const struct mtk_hook_entry mtk_call_table[];
  */
 unsigned long mtk_call_stock(unsigned long continuation, unsigned long a0, unsigned long a1,
 			     unsigned long a2, unsigned long a3, unsigned long a4);
+
+/**
+ * mtk_call_stock2() - mtk_call_stock() for a function of one or two arguments
+ * @continuation: where to go on
+ * @a0: first argument
+ * @a1: second argument
+ */
+unsigned long mtk_call_stock2(unsigned long continuation, unsigned long a0, unsigned long a1);
 #endif /* __ASSEMBLY__ */
 #endif /* MTK_HOOK_ABI_H */

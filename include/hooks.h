@@ -53,7 +53,6 @@
 	CALL(field_offset, kvm_intel, get_vmcs12_field_offset, 1)	\
 	CALL(set_current_vmptr, kvm_intel, set_current_vmptr, 2)	\
 	CALL(disable_shadow, kvm_intel, vmx_disable_shadow_vmcs, 1)	\
-	CALL(get_rflags, kvm_intel, vmx_get_rflags, 1)			\
 	CALL(set_rflags, kvm_intel, vmx_set_rflags, 2)			\
 	CALL(skip_instruction, kvm, kvm_skip_emulated_instruction, 1)	\
 	CALL(free_roots, kvm, kvm_mmu_free_roots, 3)			\

@@ -73,7 +73,8 @@ static EXPECTED: &[Expected] = &expect! {
     kvm_pagewalk {}
     #[cfg(MTK_GVA_WALK)]
     kvm_page_format {}
-    kvm { arch, mm, srcu, mmu_invalidate_in_progress, online_vcpus }
+    kvm { arch, mm, srcu, mmu_invalidate_in_progress, online_vcpus, memslots }
+    kvm_memslots { generation }
     kvm_memory_slot { base_gfn, npages, dirty_bitmap, userspace_addr, flags, id }
     kvm_arch { disabled_quirks, mmu_valid_gen, mmu_page_hash, vm_type }
     kvm_mmu_page { hash_link, tdp_mmu_page, unsync, role, gfn, spt, shadowed_translation }

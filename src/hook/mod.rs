@@ -81,7 +81,6 @@ call_ids! {
     SYNC_RARE = mtk_call_id_MTK_CALL_sync_rare;
     SET_CURRENT_VMPTR = mtk_call_id_MTK_CALL_set_current_vmptr;
     DISABLE_SHADOW = mtk_call_id_MTK_CALL_disable_shadow;
-    GET_RFLAGS = mtk_call_id_MTK_CALL_get_rflags;
     SET_RFLAGS = mtk_call_id_MTK_CALL_set_rflags;
     SKIP_INSTRUCTION = mtk_call_id_MTK_CALL_skip_instruction;
     FREE_ROOTS = mtk_call_id_MTK_CALL_free_roots;
@@ -138,7 +137,13 @@ impl CallId {
         let arg = |n: usize| args.get(n).copied().unwrap_or(0);
         // SAFETY: By this function's contract; the address is the function's start (or just past
         // its ENDBR), where a return may go as well as a call.
-        Some(unsafe { bindings::mtk_call_stock(address, arg(0), arg(1), arg(2), arg(3), arg(4)) })
+        Some(unsafe {
+            if N <= 2 {
+                bindings::mtk_call_stock2(address, arg(0), arg(1))
+            } else {
+                bindings::mtk_call_stock(address, arg(0), arg(1), arg(2), arg(3), arg(4))
+            }
+        })
     }
 }
 
@@ -219,6 +224,12 @@ impl HookId {
         self.hook().in_flight.load(Ordering::Relaxed)
     }
 
+    /// Whether a livepatch has taken any of these functions over.
+    #[inline(always)]
+    pub(crate) fn any_livepatched(ids: &[HookId]) -> bool {
+        BYPASSES.load(Ordering::Relaxed) != 0 && ids.iter().any(|id| id.livepatched())
+    }
+
     /// Whether a livepatch has taken the function over, so that the stock answer is the patch's.
     pub(crate) fn livepatched(self) -> bool {
         self.hook().bypass.load(Ordering::Relaxed)
@@ -275,6 +286,10 @@ static HOOKS: [Hook; COUNT] = [const {
         address: AtomicUsize::new(0),
     }
 }; COUNT];
+
+/// How often a livepatch has come to one of the functions. Never goes down: it says no more than that each `bypass` has to be
+/// looked at.
+static BYPASSES: AtomicUsize = AtomicUsize::new(0);
 
 /// A section of a handler that may sleep; `detach` waits until all have ended.
 pub(crate) struct InFlight(HookId);
@@ -461,6 +476,9 @@ unsafe extern "C" fn share_with_livepatch(
     let trampoline = unsafe { (*ops).direct_call };
     for id in HookId::all().filter(|id| id.trampoline() == trampoline) {
         id.hook().bypass.store(bypass, Ordering::Relaxed);
+        if bypass {
+            BYPASSES.fetch_add(1, Ordering::Relaxed);
+        }
     }
     0
 }

@@ -70,6 +70,15 @@ SYM_FUNC_START(mtk_call_stock)
 	RET
 SYM_FUNC_END(mtk_call_stock)
 
+/* unsigned long mtk_call_stock2(continuation, a0, a1) */
+SYM_FUNC_START(mtk_call_stock2)
+	push	%rdi
+	mov	%rsi, %rdi
+	mov	%rdx, %rsi
+	UNWIND_HINT_FUNC
+	RET
+SYM_FUNC_END(mtk_call_stock2)
+
 #define HOOK_STRINGS(id, mod, sym, nargs)				\
 	.Lmod_##id: .asciz #mod ASM_NL					\
 	.Lsym_##id: .asciz #sym ASM_NL

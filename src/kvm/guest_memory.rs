@@ -37,9 +37,25 @@ impl GuestMemory {
         }
     }
 
+    /// A number that changes before any memory slot does (`kvm_memslots->generation`): while it is the same, an
+    /// address is where it was. `None` in SMM, which may have slots of its own.
+    #[inline(always)]
+    pub(crate) fn generation(&self) -> Option<u64> {
+        const HF_SMM_MASK: u32 = 1 << 1;
+        if read!(self.vcpu, vcpu.arch.hflags) & HF_SMM_MASK != 0 {
+            return None;
+        }
+        let kvm = read!(self.vcpu, vcpu.kvm);
+        // SAFETY: A vCPU's VM outlives it; by the type's invariants the slots that it has now stay meanwhile.
+        unsafe {
+            let slots = (&raw const (*kvm).memslots[0]).read_volatile();
+            Some((&raw const (*slots).generation).read_volatile())
+        }
+    }
+
     /// Where the VMM has this address; `None` if it is in no ordinary slot.
     #[inline(always)]
-    fn host_address(&mut self, gpa: u64) -> Option<u64> {
+    pub(crate) fn host_address(&mut self, gpa: u64) -> Option<u64> {
         let offset = gpa.wrapping_sub(self.base);
         if offset < self.len {
             return Some(self.host.wrapping_add(offset));
@@ -68,18 +84,7 @@ impl GuestMemory {
     /// Reads eight bytes that do not cross a page. May sleep.
     #[inline(always)]
     pub(crate) fn read_u64(&mut self, gpa: u64) -> Option<u64> {
-        let address = self.host_address(gpa)?;
-        let (failed, value): (u64, u64);
-        // SAFETY: __get_user_8() takes the address in RAX, checks that it is user space's, and returns
-        // zero or an error in RAX and the value in RDX; it changes no other register.
-        unsafe {
-            asm!(
-                "call __get_user_8",
-                inout("rax") address => failed,
-                out("rdx") value,
-            );
-        }
-        (failed == 0).then_some(value)
+        read_host_u64(self.host_address(gpa)?)
     }
 
     /// Reads the page at `gpa`. `false`, with the page half-written, if it cannot be read. May sleep.
@@ -98,6 +103,22 @@ impl GuestMemory {
             .read_raw(to)
             .is_ok()
     }
+}
+
+/// Reads eight bytes of the current task's memory, of the VMM's in KVM_RUN. May sleep.
+#[inline(always)]
+pub(crate) fn read_host_u64(address: u64) -> Option<u64> {
+    let (failed, value): (u64, u64);
+    // SAFETY: __get_user_8() takes the address in RAX, checks that it is user space's, and returns
+    // zero or an error in RAX and the value in RDX; it changes no other register.
+    unsafe {
+        asm!(
+            "call __get_user_8",
+            inout("rax") address => failed,
+            out("rdx") value,
+        );
+    }
+    (failed == 0).then_some(value)
 }
 
 /// KVM's SRCU lock, held.

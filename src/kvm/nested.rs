@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What VMPTRLD and VMCLEAR of L1 read and change in a vCPU.
 
-use super::{guest_memory::GuestMemory, vcpu::read, vmx, Vcpu, Vmcs12};
+use super::{
+    guest_memory::{read_host_u64, GuestMemory},
+    vcpu::read,
+    vmx, Vcpu, Vmcs12,
+};
 use crate::{
     bindings,
     hook::CallId,
-    policy::operand::{self, Operand, Step, Walk, LEVELS},
+    policy::operand::{self, Operand, Start, Trail},
 };
 
 const EXIT_QUALIFICATION: u64 = 0x6400;
@@ -14,6 +18,8 @@ const GUEST_RSP: u64 = 0x681c;
 const GUEST_SS_AR_BYTES: u64 = 0x4818;
 
 const RSP: u8 = 4;
+/// X86_CR4_LA57: five levels of paging structures.
+const CR4_LA57: usize = 1 << 12;
 /// X86_CR4_LAM_SUP: bits 62:48 of a supervisor's linear addresses may be tags.
 const CR4_LAM_SUP: usize = 1 << 28;
 /// EFER_NX: bit 63 of a paging-structure entry is not reserved.
@@ -54,41 +60,43 @@ impl Vcpu {
     /// anything about operand or paging is out of the ordinary: the stock code finds out what.
     ///
     /// May sleep. Must be called in the handler of an exit of L1, with KVM's SRCU lock held.
-    pub(crate) fn vmptr_operand(self, memory: &mut GuestMemory) -> Option<u64> {
+    pub(crate) fn vmptr_operand(self, memory: &mut GuestMemory, trail: &mut Trail) -> Option<u64> {
         // SAFETY: In a handler of an exit the exited VMCS is current.
-        let vmread = |field| unsafe { vmx::vmread(field) };
-        let operand = Operand::decode(vmread(vmx::VMX_INSTRUCTION_INFO)? as u32)?;
+        let info = unsafe { vmx::vmread(vmx::VMX_INSTRUCTION_INFO) }? as u32;
+        // SAFETY: As the read above has shown; every processor has these fields.
+        let vmread = |field| unsafe { vmx::vmread_basic(field) };
+        let operand = Operand::decode(info)?;
         // With EPT, and only then, the guest's CR3 is in the VMCS.
         let mmu = read!(self, vcpu.arch.mmu);
         // SAFETY: KVM's own pointer to one of the vCPU's MMUs; the role is a union of integers.
         let direct = unsafe { (*mmu).root_role.__bindgen_anon_1.direct() };
         let unusual = direct == 0
-            || self.cr4_la57()
-            || read!(self, vcpu.arch.cr4) & CR4_LAM_SUP != 0
-            || vmread(GUEST_SS_AR_BYTES)? & 3 << 5 != 0;
+            || read!(self, vcpu.arch.cr4) & (CR4_LA57 | CR4_LAM_SUP) != 0
+            || vmread(GUEST_SS_AR_BYTES) & 3 << 5 != 0;
         if unusual {
             return None;
         }
-        let register = |number| match number {
-            RSP if !self.register_is_available(u32::from(RSP)) => vmread(GUEST_RSP),
-            _ => Some(read!(self, vcpu.arch.regs[number as usize & 0xf]) as u64),
+        let register = |number| {
+            if number == RSP && !self.register_is_available(u32::from(RSP)) {
+                vmread(GUEST_RSP)
+            } else {
+                read!(self, vcpu.arch.regs[number as usize & 0xf]) as u64
+            }
         };
-        let address = operand.address(vmread(EXIT_QUALIFICATION)?, register)?;
+        let address = operand.address(vmread(EXIT_QUALIFICATION), register)?;
         let mut reserved = read!(self, vcpu.arch.reserved_gpa_bits);
         if read!(self, vcpu.arch.efer) & EFER_NX == 0 {
             reserved |= operand::EXECUTE_DISABLE;
         } else {
             reserved &= !operand::EXECUTE_DISABLE;
         }
-        let mut walk = Walk::new(vmread(GUEST_CR3)?, address, reserved);
-        let mut at = walk.first();
-        for _ in 0..LEVELS {
-            match walk.step(memory.read_u64(at)?)? {
-                Step::Entry(next) => at = next,
-                Step::Mapped(address) => return memory.read_u64(address),
-            }
-        }
-        None
+        let start = Start {
+            memory: memory.generation()?,
+            cr3: vmread(GUEST_CR3),
+            reserved,
+        };
+        let place = |address| memory.host_address(address);
+        read_host_u64(trail.walk(start, address, place, read_host_u64)?)
     }
 
     /// The pages that KVM uses for the current VMCS, or would for the next; `None` outside VMX operation
@@ -105,7 +113,7 @@ impl Vcpu {
     ///
     /// # Safety
     ///
-    /// There is no current VMCS, preemption is off, both shadow VMCSs are clear. The pages come from the
+    /// There is no current VMCS, both shadow VMCSs are clear. The pages come from the
     /// allocators that KVM frees them with, and become KVM's; those that it had become the caller's.
     pub(crate) unsafe fn set_pages(self, pages: Pages) {
         // SAFETY: By the invariants of `Vcpu` and this function's contract.
@@ -121,7 +129,7 @@ impl Vcpu {
     ///
     /// # Safety
     ///
-    /// vmcs01 is current, preemption is off, and KVM's pages are those of the VMCS at `vmptr`.
+    /// vmcs01 is current, and KVM's pages are those of the VMCS at `vmptr`.
     pub(crate) unsafe fn set_current_vmptr(self, vmptr: u64, fresh: bool) {
         // SAFETY: By this function's contract, as in handle_vmptrld().
         unsafe { CallId::SET_CURRENT_VMPTR.call([self.key(), vmptr as usize]) };
@@ -133,7 +141,7 @@ impl Vcpu {
     ///
     /// # Safety
     ///
-    /// vmcs01 is current and preemption is off.
+    /// vmcs01 is current.
     pub(crate) unsafe fn drop_current_vmptr(self, disable: bool) {
         // SAFETY: By this function's contract, as in nested_release_vmcs12().
         unsafe {
@@ -167,11 +175,13 @@ impl Vcpu {
     /// the handler of the exit has to return; `None` if KVM's functions are missing.
     ///
     /// Must not be called within `state::with`: a hooked function is among those that KVM calls here.
+    #[inline(always)]
     pub(crate) fn vm_succeed(self) -> Option<usize> {
         let vcpu = self.key();
+        // The operand was one of 64-bit mode, so there is no emulation of real mode.
+        let rflags = self.rflags()? as usize;
         // SAFETY: As in KVM's own function, in a handler of an exit.
         unsafe {
-            let rflags = CallId::GET_RFLAGS.call([vcpu])?;
             if rflags & RFLAGS_STATUS != 0 {
                 CallId::SET_RFLAGS.call([vcpu, rflags & !RFLAGS_STATUS])?;
             }

@@ -181,6 +181,12 @@ impl Vcpu {
         unsafe { self.with_vmcs(vmcs02, f) }
     }
 
+    /// Whether KVM left guest state in vmcs02, see `fetch_late_fields`.
+    #[inline(always)]
+    pub(crate) fn has_late_fields(self) -> bool {
+        read!(self, nested.need_sync_vmcs02_to_vmcs12_rare)
+    }
+
     /// What `copy_vmcs02_to_vmcs12_rare()` does: brings the guest state that KVM left in vmcs02
     /// (class `Late` of the field table) into vmcs12. `false` if it could not be done.
     ///
@@ -188,7 +194,7 @@ impl Vcpu {
     ///
     /// Preemption is off, the vCPU is loaded on this CPU with vmcs01, as in KVM's function.
     pub(crate) unsafe fn fetch_late_fields(self) -> bool {
-        if !read!(self, nested.need_sync_vmcs02_to_vmcs12_rare) {
+        if !self.has_late_fields() {
             return true;
         }
         let vmcs12 = read!(self, nested.cached_vmcs12);
@@ -315,13 +321,18 @@ impl Vcpu {
         if read!(self, rmode.vm86_active) != 0 || read!(self, vcpu.arch.cr0) & CR0_PE == 0 {
             return Some(false);
         }
-        let rflags = if self.register_is_available(bindings::MTK_REG_RFLAGS) {
-            read!(self, rflags) as u64
+        Some(self.rflags()? & RFLAGS_VM == 0)
+    }
+
+    /// `vmx_get_rflags()` for a guest that KVM does not emulate real mode for. `None` if the VMCS could not be read.
+    #[inline(always)]
+    pub(super) fn rflags(self) -> Option<u64> {
+        if self.register_is_available(bindings::MTK_REG_RFLAGS) {
+            Some(read!(self, rflags) as u64)
         } else {
             // SAFETY: By the invariants of `Vcpu` the right VMCS is current.
-            unsafe { vmx::vmread(vmx::GUEST_RFLAGS)? }
-        };
-        Some(rflags & RFLAGS_VM == 0)
+            unsafe { vmx::vmread(vmx::GUEST_RFLAGS) }
+        }
     }
 
     /// Whether selectors and access rights of all segments are these: `segments() == Some(*known)` in fewer

@@ -87,7 +87,7 @@ pub(crate) fn mode(path: usize) -> Mode {
 /// stock code and to the patch.
 #[inline(always)]
 fn mode_unless_patched(number: usize, path: &Path) -> Mode {
-    if path.hooks.iter().any(|hook| hook.livepatched()) {
+    if HookId::any_livepatched(path.hooks) {
         Mode::Off
     } else {
         mode(number)

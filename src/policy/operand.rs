@@ -49,16 +49,15 @@ impl Operand {
     }
 
     /// The linear address, given the displacement (the exit qualification) and the registers. `None` if
-    /// it is not canonical, if eight bytes from it on do not fit in its page, or if a register is not to
-    /// be had.
-    #[inline]
-    pub fn address(self, displacement: u64, register: impl Fn(u8) -> Option<u64>) -> Option<u64> {
+    /// it is not canonical or eight bytes from it on do not fit in its page.
+    #[inline(always)]
+    pub fn address(self, displacement: u64, register: impl Fn(u8) -> u64) -> Option<u64> {
         let mut address = displacement;
         if let Some(base) = self.base {
-            address = address.wrapping_add(register(base)?);
+            address = address.wrapping_add(register(base));
         }
         if let Some(index) = self.index {
-            address = address.wrapping_add(register(index)? << self.scaling);
+            address = address.wrapping_add(register(index) << self.scaling);
         }
         let canonical = ((address as i64) << 16 >> 16) as u64 == address;
         (canonical && address & 0xfff <= 0x1000 - 8).then_some(address)
@@ -131,6 +130,100 @@ impl Walk {
     }
 }
 
+/// What a walk depends on beside the entries that it meets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Start {
+    /// Says where guest-physical memory is: another number as soon as any of it may be elsewhere.
+    pub memory: u64,
+    /// The guest's CR3.
+    pub cr3: u64,
+    /// As for [`Walk::new`].
+    pub reserved: u64,
+}
+
+/// A walk that was made, with the places where it looked and what it found there. The same walk ends at the
+/// same place for as long as every entry holds what it held, so it is enough to read these again. (To
+/// remember no more than where it ended would be a TLB, which knows nothing of INVLPG.)
+#[derive(Clone, Copy, Debug)]
+pub struct Trail {
+    start: Start,
+    /// The linear address without its offset in the page; all ones for no trail.
+    page: u64,
+    /// The entries: place and contents. Those of a shorter walk are followed by its last one.
+    entries: [(u64, u64); LEVELS as usize],
+    /// The place of the page that the linear address is in.
+    end: u64,
+}
+
+impl Trail {
+    /// None was made.
+    pub const NONE: Trail = Trail {
+        start: Start {
+            memory: 0,
+            cr3: 0,
+            reserved: 0,
+        },
+        page: u64::MAX,
+        entries: [(0, 0); LEVELS as usize],
+        end: 0,
+    };
+
+    /// The place of what is at the linear address `address`; `None` where the stock code must decide. `place` says where a
+    /// guest-physical address is, and `read` what eight bytes at a place are.
+    #[inline(always)]
+    pub fn walk(
+        &mut self,
+        start: Start,
+        address: u64,
+        place: impl FnMut(u64) -> Option<u64>,
+        read: impl Fn(u64) -> Option<u64>,
+    ) -> Option<u64> {
+        let holds = |&(place, value): &(u64, u64)| read(place) == Some(value);
+        let [a, b, c, d] = &self.entries;
+        let known = self.page == address & !0xfff
+            && self.start == start
+            && holds(a)
+            && holds(b)
+            && holds(c)
+            && holds(d);
+        if !known {
+            self.go(start, address, place, read)?;
+        }
+        Some(self.end | (address & 0xfff))
+    }
+
+    /// Makes the walk.
+    #[inline(never)]
+    fn go(
+        &mut self,
+        start: Start,
+        address: u64,
+        mut place: impl FnMut(u64) -> Option<u64>,
+        read: impl Fn(u64) -> Option<u64>,
+    ) -> Option<()> {
+        self.page = u64::MAX;
+        let mut walk = Walk::new(start.cr3, address, start.reserved);
+        let mut at = walk.first();
+        for level in 0..LEVELS as usize {
+            let here = place(at)?;
+            let entry = read(here)?;
+            for e in self.entries.iter_mut().skip(level) {
+                *e = (here, entry);
+            }
+            match walk.step(entry)? {
+                Step::Entry(next) => at = next,
+                Step::Mapped(address) => {
+                    self.end = place(address & !0xfff)?;
+                    break;
+                }
+            }
+        }
+        self.start = start;
+        self.page = address & !0xfff;
+        Some(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -141,19 +234,18 @@ mod tests {
     #[test]
     fn an_operand_on_the_stack() {
         let operand = Operand::decode(RSP_BASED).unwrap();
-        let regs = |n: u8| (n == 4).then_some(0xffff_8880_0000_1000);
+        let regs = |n: u8| u64::from(n == 4) * 0xffff_8880_0000_1000;
         assert_eq!(operand.address(8, regs), Some(0xffff_8880_0000_1008));
         assert_eq!(operand.address(0xff8, regs), Some(0xffff_8880_0000_1ff8));
         assert_eq!(operand.address(0xff9, regs), None);
-        assert_eq!(operand.address(8, |_| None), None);
-        assert_eq!(operand.address(8, |_| Some(1 << 50)), None);
+        assert_eq!(operand.address(8, |_| 1 << 50), None);
     }
 
     #[test]
     fn scaled_index() {
         let operand = Operand::decode(2 << 7 | 3 | 3 << 18 | 1 << 27).unwrap();
         assert_eq!(
-            operand.address(0x100, |n| Some(u64::from(n) * 16)),
+            operand.address(0x100, |n| u64::from(n) * 16),
             Some(0x100 + (48 << 3))
         );
     }

@@ -58,7 +58,6 @@ pub(super) const PATH: Path = Path {
         CallId::SYNC_RARE,
         CallId::SET_CURRENT_VMPTR,
         CallId::DISABLE_SHADOW,
-        CallId::GET_RFLAGS,
         CallId::SET_RFLAGS,
         CallId::SKIP_INSTRUCTION,
         CallId::FREE_ROOTS,
@@ -121,6 +120,7 @@ fn is_able(vcpu: Vcpu, counters: &CounterSet) -> bool {
 /// # Safety
 ///
 /// In the handler of handle_vmptrld().
+#[inline(always)]
 unsafe fn load(vcpu: Vcpu, local: &mut Local, counters: &CounterSet) -> Result<(), Reason> {
     if !is_able(vcpu, counters) || local.fields.is_checking() {
         return Err(Reason::NotExtended);
@@ -128,7 +128,9 @@ unsafe fn load(vcpu: Vcpu, local: &mut Local, counters: &CounterSet) -> Result<(
     let mut copier = Copier::new(vcpu, &mut local.fields, counters);
     // SAFETY: By this function's contract.
     let mut memory = unsafe { GuestMemory::new(vcpu) };
-    let vmptr = vcpu.vmptr_operand(&mut memory).ok_or(Reason::Operand)?;
+    let vmptr = vcpu
+        .vmptr_operand(&mut memory, &mut local.regions.trail)
+        .ok_or(Reason::Operand)?;
     if vmptr == vcpu.current_vmptr() {
         return Ok(());
     }
@@ -137,24 +139,38 @@ unsafe fn load(vcpu: Vcpu, local: &mut Local, counters: &CounterSet) -> Result<(
     }
     let at = match local.regions.position(vmptr) {
         Some(at) => at,
-        None => {
-            let header = memory.read_u64(vmptr).ok_or(Reason::Invalid)?;
-            let header = Header(header as u32);
-            if !header.is_ours() || (header.is_shadow() && !vcpu.may_shadow()) {
-                return Err(Reason::Invalid);
-            }
-            // SAFETY: By this function's contract.
-            let at = unsafe { local.regions.make_room(&mut copier) }.ok_or(Reason::NoMemory)?;
-            let pages = local.regions.pages(at).ok_or(Reason::NoMemory)?;
-            // SAFETY: The pages wait for a VMCS, and are whole.
-            if !unsafe { memory.read_page(vmptr, pages.vmcs12.cast()) } {
-                return Err(Reason::Invalid);
-            }
-            at
-        }
+        // SAFETY: By this function's contract.
+        None => unsafe { fetch(vmptr, &mut memory, &mut local.regions, &mut copier)? },
     };
     // SAFETY: By this function's contract; everything else was looked at above.
     unsafe { local.regions.swap(at, vmptr, &mut copier) }.ok_or(Reason::NoMemory)
+}
+
+/// Reads a VMCS from guest memory into a slot of its own.
+///
+/// # Safety
+///
+/// As for `load`.
+#[inline(never)]
+unsafe fn fetch(
+    vmptr: u64,
+    memory: &mut GuestMemory,
+    regions: &mut Regions,
+    copier: &mut Copier<'_>,
+) -> Result<usize, Reason> {
+    let header = memory.read_u64(vmptr).ok_or(Reason::Invalid)?;
+    let header = Header(header as u32);
+    if !header.is_ours() || (header.is_shadow() && !copier.vcpu.may_shadow()) {
+        return Err(Reason::Invalid);
+    }
+    // SAFETY: By this function's contract.
+    let at = unsafe { regions.make_room(copier) }.ok_or(Reason::NoMemory)?;
+    let pages = regions.pages(at).ok_or(Reason::NoMemory)?;
+    // SAFETY: The pages wait for a VMCS, and are whole.
+    if !unsafe { memory.read_page(vmptr, pages.vmcs12.cast()) } {
+        return Err(Reason::Invalid);
+    }
+    Ok(at)
 }
 
 /// VMCLEAR by L1. `Err`: the stock code is to do it; a VMCS that was kept is in memory by then.
@@ -162,6 +178,7 @@ unsafe fn load(vcpu: Vcpu, local: &mut Local, counters: &CounterSet) -> Result<(
 /// # Safety
 ///
 /// In the handler of handle_vmclear().
+#[inline(always)]
 unsafe fn clear(vcpu: Vcpu, local: &mut Local, counters: &CounterSet) -> Result<(), Reason> {
     if !is_able(vcpu, counters) || local.fields.is_checking() {
         return Err(Reason::NotExtended);
@@ -169,7 +186,9 @@ unsafe fn clear(vcpu: Vcpu, local: &mut Local, counters: &CounterSet) -> Result<
     let mut copier = Copier::new(vcpu, &mut local.fields, counters);
     // SAFETY: By this function's contract.
     let mut memory = unsafe { GuestMemory::new(vcpu) };
-    let vmptr = vcpu.vmptr_operand(&mut memory).ok_or(Reason::Operand)?;
+    let vmptr = vcpu
+        .vmptr_operand(&mut memory, &mut local.regions.trail)
+        .ok_or(Reason::Operand)?;
     if let Some(at) = local.regions.position(vmptr) {
         // SAFETY: By this function's contract.
         unsafe {
@@ -207,11 +226,12 @@ unsafe fn evict_all(vcpu: Vcpu, local: &mut Local, counters: &CounterSet) {
 }
 
 /// What the handlers of both instructions have in common: `act` in mode `on`, `compare` in mode `check`.
+#[inline(always)]
 fn handle(
     raw: *mut bindings::kvm_vcpu,
     id: HookId,
     cont: Continuation,
-    act: unsafe fn(Vcpu, &mut Local, &CounterSet) -> Result<(), Reason>,
+    act: impl FnOnce(Vcpu, &mut Local, &CounterSet) -> Result<(), Reason>,
 ) -> Verdict {
     let section = InFlight::enter(id);
     // SAFETY: The hooked function's own argument.
@@ -227,8 +247,7 @@ fn handle(
         }
         local.regions.images = false;
         let count = counters.path::<NUMBER>();
-        // SAFETY: In the handler that `act` belongs to.
-        match unsafe { act(vcpu, local, counters) } {
+        match act(vcpu, local, counters) {
             Ok(()) => {
                 count.taken.bump();
                 local.regions.publish(&counters.vmptrld);
@@ -265,7 +284,7 @@ fn compare(vcpu: Vcpu, section: &InFlight, cont: Continuation) -> Verdict {
         let (pages, vmcs12) = (vcpu.pages()?, vcpu.vmcs12()?);
         // SAFETY: As in `load`; this is what the stock code does first if another VMCS becomes current.
         unsafe {
-            let vmptr = vcpu.vmptr_operand(&mut GuestMemory::new(vcpu));
+            let vmptr = vcpu.vmptr_operand(&mut GuestMemory::new(vcpu), &mut local.regions.trail);
             if before != NONE && !vmcs12.is_shadow() && vmptr.is_some_and(|v| v != before) {
                 local.fields.quietly(|| vcpu.fetch_late_fields());
                 local.fields.make_vmcs12_newer(vcpu, count);
@@ -331,13 +350,21 @@ fn report(counters: &Counters, vmptr: u64, stock: u64) {
 /// Handler of handle_vmptrld().
 #[no_mangle]
 extern "C" fn mtk_on_handle_vmptrld(vcpu: *mut bindings::kvm_vcpu, cont: Continuation) -> Verdict {
-    handle(vcpu, HookId::HANDLE_VMPTRLD, cont, load)
+    let act = |vcpu: Vcpu, local: &mut Local, counters: &CounterSet| {
+        // SAFETY: In this very handler.
+        unsafe { load(vcpu, local, counters) }
+    };
+    handle(vcpu, HookId::HANDLE_VMPTRLD, cont, act)
 }
 
 /// Handler of handle_vmclear().
 #[no_mangle]
 extern "C" fn mtk_on_handle_vmclear(vcpu: *mut bindings::kvm_vcpu, cont: Continuation) -> Verdict {
-    handle(vcpu, HookId::HANDLE_VMCLEAR, cont, clear)
+    let act = |vcpu: Vcpu, local: &mut Local, counters: &CounterSet| {
+        // SAFETY: In this very handler.
+        unsafe { clear(vcpu, local, counters) }
+    };
+    handle(vcpu, HookId::HANDLE_VMCLEAR, cont, act)
 }
 
 fn flush(raw: *mut bindings::kvm_vcpu, hook: HookId) {

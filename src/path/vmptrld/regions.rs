@@ -11,6 +11,7 @@ use crate::{
         vmx, Vcpu,
     },
     path::{fields, CounterSet, Counters},
+    policy::operand::Trail,
 };
 use core::sync::atomic::Ordering;
 use kernel::prelude::*;
@@ -90,6 +91,8 @@ pub(crate) struct Regions {
     clock: u64,
     /// Mode `check`: the slots are copies of what is in guest memory, to compare with it.
     pub(super) images: bool,
+    /// Where the last operand was found.
+    pub(super) trail: Trail,
 }
 
 /// What copying between a shadow VMCS and its vmcs12 takes.
@@ -129,6 +132,7 @@ impl Regions {
         last: 0,
         clock: 0,
         images: false,
+        trail: Trail::NONE,
     };
 
     /// The slot that has this VMCS.
@@ -197,6 +201,7 @@ impl Regions {
     ///
     /// In a handler of VMPTRLD by L1, while the vCPU is extended and not in mode `check`; `vmptr` is
     /// not current.
+    #[inline(always)]
     pub(super) unsafe fn swap(
         &mut self,
         at: usize,
@@ -208,27 +213,26 @@ impl Regions {
         let for_memory = vcpu.vmcs12()?.is_shadow();
         self.clock += 1;
         let slot = self.slots.get_mut(at)?;
-        let new = slot.pages.take()?.into_pages();
-        let done = copier.fields.quietly(|| {
-            let newer = old != NONE && !vcpu.vmcs12_is_newer();
-            // SAFETY: vmcs01 is current by this function's contract, preemption is off here, and the pages are
-            // this vCPU's by the type's invariants.
-            unsafe {
-                if old != NONE {
-                    vcpu.fetch_late_fields();
-                    vcpu.drop_current_vmptr(false);
-                }
-                vmx::vmclear(vmx::physical(was.shadow.cast()));
-                vcpu.set_pages(new);
-                vcpu.set_current_vmptr(vmptr, slot.shadow_newer);
-            }
-            slot.shadow_newer = newer;
-        });
-        if done.is_none() {
-            // Not extended after all: nothing was exchanged.
-            slot.pages = Some(Owned(new));
-            return None;
+        if old != NONE && vcpu.has_late_fields() {
+            copier.fields.quietly(|| {
+                // SAFETY: vmcs01 is current by this function's contract, and preemption is off here.
+                unsafe { vcpu.fetch_late_fields() }
+            })?;
         }
+        let new = slot.pages.take()?.into_pages();
+        let newer = old != NONE && !vcpu.vmcs12_is_newer();
+        // Preemption may be on, as in handle_vmptrld(). If the vCPU moves to another CPU before the VMCLEAR, KVM clears the
+        // old shadow VMCS on the CPU that it leaves; afterwards it is active nowhere. The new one is not before L1 runs.
+        // SAFETY: vmcs01 is current by this function's contract; the pages are this vCPU's by the type's invariants.
+        unsafe {
+            if old != NONE {
+                vcpu.drop_current_vmptr(false);
+            }
+            vmx::vmclear(vmx::physical(was.shadow.cast()));
+            vcpu.set_pages(new);
+            vcpu.set_current_vmptr(vmptr, slot.shadow_newer);
+        }
+        slot.shadow_newer = newer;
         slot.pages = Some(Owned(was));
         slot.used = self.clock;
         self.last = at;
