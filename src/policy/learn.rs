@@ -8,16 +8,21 @@
 //! leaves when it is put out on trial and not touched for a window. (One that is touched again and
 //! again without a switch joins as well.) So the set that a steady habit ends in is that habit's own:
 //! every field whose touches are never more than a window apart, and none that is never touched. A field
-//! that is touched in bursts comes and goes at first; each time it comes back its own window and the
-//! touches that it takes double, up to eight times, so that it is judged by its rate and does not flap.
+//! that is touched in bursts is judged by its rate over [`LONG`] windows, whenever these begin: it comes back after more
+//! than `LONG` touches in them, after half as many again if it has failed by that measure before, and
+//! stays with `LONG`.
 //!
-//! A shadowed field is invisible, hence the trials. One that is touched comes back at once. A trial takes
-//! [`TRIAL_SIZE`] fields by turns, two windows after the last one; once all have come back since something
-//! changed, [`TRIAL`] windows after the last one, so that learning costs one exit in 64 switches then. As
+//! A shadowed field is invisible, hence the trials. The first trial of a field since habits have changed lasts until it
+//! was touched `LONG` times in as many windows, and so does each one of a field that is known for bursts. Any
+//! other ends with the first touch. Who was not touched in a window leaves at once, but for those known for bursts. A
+//! trial takes up to [`FIRST_SIZE`] fields that have not had their first, and there are at least two switches for each
+//! exit that trials take. Later it takes [`TRIAL_SIZE`] fields by turns, [`TRIAL`] windows after the last
+//! one or, if that took many exits, up to [`GROUP_TRIAL`], so that learning costs one exit in 64 switches then (in 32 where all
+//! fields are touched in bursts). As
 //! long as at least half of what was on trial turns out to be out of use, the next trial follows at once
 //! and takes twice as many, so a set of `n` fields none of which L1 uses any more is gone after
-//! `TRIAL + log2(n)` windows. Where L1 goes on with most of them, the others are found in turn, within
-//! `n / TRIAL_SIZE * (TRIAL + 1)` windows.
+//! `TRIAL + log2(n)` windows. Where L1 goes on with most of them and begins with no other, the others are found in turn,
+//! within `n / TRIAL_SIZE * (TRIAL + 1)` windows.
 //!
 //! *Costly* fields cost something together, however many they are: half an exit on each switch. They
 //! are shadowed while their touches are one in four switches, counted over a window; now and then all
@@ -34,8 +39,12 @@ pub const TRIAL: u16 = 8;
 pub const GROUP_TRIAL: u16 = 32;
 /// Fields on trial at a time.
 pub const TRIAL_SIZE: u8 = 4;
+/// The same while there are fields that had none since habits have changed.
+pub const FIRST_SIZE: u8 = 32;
 /// The same while most turn out to be out of use.
 const LARGE_TRIAL: u8 = 32;
+/// Windows, and touches in them, by which bursts are judged.
+pub const LONG: u8 = 4;
 
 /// What the administrator may set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,6 +98,13 @@ pub struct Learner {
     /// Fields on trial, how many there were when it began, and how many may be in the next.
     trial: Set,
     tried: u8,
+    /// How many of them were not touched in the first window, which is over if `prolonged`.
+    failed: u8,
+    prolonged: bool,
+    /// Exits that the trial took.
+    spent: u16,
+    /// Fields that were touched often enough in a trial of many windows, or had none to prove, since habits changed.
+    proven: Set,
     trial_size: u8,
     last_trial: u8,
     /// Switches until the trial ends, or the next begins.
@@ -101,11 +117,11 @@ pub struct Learner {
 /// What was seen of one field.
 #[derive(Clone, Copy, Debug)]
 struct Use {
-    /// The switch with which the count began, or in which the field left.
+    /// The switch with which the count began, in which the field left, or, on trial, of the last touch.
     at: u32,
-    /// Touches since.
+    /// Touches since, or on trial.
     count: u8,
-    /// How often it came back soon after it had left: by how much its window is doubled.
+    /// How often it came back soon after it had left: not 0 means bursts.
     back: u8,
     /// It has left, and was not touched since.
     away: bool,
@@ -125,14 +141,29 @@ impl Use {
         self.count = 0;
     }
 
-    /// Touches in a window that keep the field in. It takes one more to join.
+    /// Windows in which touches are counted.
+    fn windows(&self) -> u32 {
+        if self.back == 0 {
+            1
+        } else {
+            u32::from(LONG)
+        }
+    }
+
+    /// Touches in these with which it joins.
     fn enough(&self) -> u8 {
-        1 << self.back
+        match self.back {
+            0 => 2,
+            1 => LONG + 1,
+            _ => LONG + LONG / 2,
+        }
     }
 }
 
-/// Most times that a window is doubled.
-const BACK: u8 = 3;
+/// Most that is made of coming back.
+const BACK: u8 = 2;
+/// The same for costly fields, whose window it doubles.
+const GROUP_BACK: u8 = 3;
 
 /// The costly fields.
 #[derive(Debug)]
@@ -166,6 +197,10 @@ impl Learner {
             uses: [Use::NONE; FIELDS],
             trial: Set::EMPTY,
             tried: 0,
+            failed: 0,
+            prolonged: false,
+            spent: 0,
+            proven: Set::EMPTY,
             trial_size: TRIAL_SIZE,
             last_trial: 0,
             wait: config.trial(),
@@ -292,37 +327,56 @@ impl Learner {
 
     /// Notes the touch. Whether the field is touched often enough.
     fn pays(&mut self, field: u8) -> bool {
-        let tried = self.trial.has(field);
         let Some(u) = self.uses.get_mut(usize::from(field)) else {
             return false;
         };
         let since = self.now.wrapping_sub(u.at);
         let window = u32::from(self.config.window);
+        if self.trial.has(field) {
+            self.spent = self.spent.saturating_add(1);
+            if since > window {
+                u.back = u.back.max(1);
+            }
+            u.at = self.now;
+            u.count = u.count.saturating_add(1);
+            let proven = u.back == 0 && self.proven.has(field);
+            return proven || u.count >= LONG;
+        }
         if since > window * u32::from(GROUP_TRIAL) {
             u.back = 0;
         } else if u.away {
             u.back = (u.back + 1).min(BACK);
         }
-        if u.away || (since > window << u.back && !tried) {
+        if u.away || since > window * u.windows() {
             u.start(self.now);
         }
         u.away = false;
         u.count = u.count.saturating_add(1);
-        u.count >= u.enough() + u8::from(!tried)
+        u.count >= u.enough()
     }
 
     fn join(&mut self, field: u8) {
         self.learned.insert(field);
         if self.trial.has(field) {
             self.trial.remove(field);
+            self.proven.insert(field);
             if self.trial.is_empty() {
-                self.trial_ends(0);
+                self.trial_ends();
             }
         } else if self.group.aside.has(field) {
             self.group.aside.remove(field);
         } else {
             // Other habits than before.
             self.unchanged = 0;
+            if self
+                .uses
+                .get(usize::from(field))
+                .is_some_and(|u| u.back == 0)
+            {
+                self.proven = Set::EMPTY;
+            } else {
+                self.proven.insert(field);
+            }
             if self.trial.is_empty() {
                 self.wait = self.wait.min(self.config.trial());
             }
@@ -340,7 +394,11 @@ impl Learner {
             group.interval = group.interval.saturating_mul(2).min(most);
         } else {
             let soon = self.now.wrapping_sub(group.left) <= u32::from(most);
-            group.back = if soon { (group.back + 1).min(BACK) } else { 0 };
+            group.back = if soon {
+                (group.back + 1).min(GROUP_BACK)
+            } else {
+                0
+            };
             group.interval = self.config.trial();
         }
         group.is_in = true;
@@ -361,16 +419,7 @@ impl Learner {
             return group;
         }
         if !self.trial.is_empty() {
-            // Not touched since: they stay out.
-            let failed = self.trial.len() as u8;
-            let out = core::mem::take(&mut self.trial);
-            for field in out.iter() {
-                if let Some(u) = self.uses.get_mut(usize::from(field)) {
-                    u.start(self.now);
-                    u.away = true;
-                }
-            }
-            self.trial_ends(failed);
+            self.out_of_use();
             if self.wait != 0 {
                 return group;
             }
@@ -383,30 +432,63 @@ impl Learner {
         self.start_trial() || group
     }
 
-    /// A trial is over, with `failed` fields that were not touched.
-    fn trial_ends(&mut self, failed: u8) {
-        if failed == 0 {
+    /// The first window of a trial is over, or the others: fields that were not touched enough stay out.
+    fn out_of_use(&mut self) {
+        let (now, prolonged) = (self.now, self.prolonged);
+        let trial = self.trial;
+        for field in trial.iter() {
+            if let Some(u) = self.uses.get_mut(usize::from(field)) {
+                if prolonged || u.count == 0 && u.back == 0 {
+                    u.start(now);
+                    u.away = true;
+                    self.trial.remove(field);
+                    self.failed = self.failed.saturating_add(1);
+                }
+            }
+        }
+        if self.trial.is_empty() {
+            self.trial_ends();
+        } else {
+            self.prolonged = true;
+            self.wait = self.config.window.saturating_mul(u16::from(LONG) - 1);
+        }
+    }
+
+    fn trial_ends(&mut self) {
+        let pause = self.spent.saturating_mul(2);
+        if self.failed == 0 {
             self.unchanged = self.unchanged.saturating_add(self.tried);
             self.trial_size = TRIAL_SIZE;
             self.wait = if usize::from(self.unchanged) < self.learned.len() {
-                self.config.trial()
+                self.config.trial().max(pause)
             } else {
-                self.config.window.saturating_mul(TRIAL)
+                let most = self.config.window.saturating_mul(GROUP_TRIAL);
+                self.spent
+                    .saturating_mul(2 * self.config.window)
+                    .clamp(self.config.window.saturating_mul(TRIAL), most)
             };
             return;
         }
         self.unchanged = 0;
-        self.wait = 0;
-        if failed >= self.tried.div_ceil(2) {
+        self.wait = pause;
+        if self.failed >= self.tried.div_ceil(2) {
+            self.proven = Set::EMPTY;
             self.trial_size = (self.trial_size * 2).min(LARGE_TRIAL);
         }
     }
 
     fn start_trial(&mut self) -> bool {
-        let mut from = self.learned.without(&self.config.pinned);
+        let all = self.learned.without(&self.config.pinned);
+        let mut from = all.without(&self.proven);
+        let mut size = self.trial_size.max(FIRST_SIZE);
+        if from.is_empty() {
+            (from, size) = (all, self.trial_size);
+        }
         self.tried = 0;
-        let mut longest = 0;
-        while self.tried < self.trial_size {
+        self.failed = 0;
+        self.prolonged = false;
+        self.spent = 0;
+        while self.tried < size {
             let Some(field) = from.after(self.last_trial) else {
                 break;
             };
@@ -417,12 +499,11 @@ impl Learner {
             self.tried += 1;
             if let Some(u) = self.uses.get_mut(usize::from(field)) {
                 u.start(self.now);
-                longest = longest.max(u.back);
             }
         }
         let any = self.tried != 0;
         self.wait = if any {
-            self.config.window << longest
+            self.config.window
         } else {
             self.config.trial()
         };

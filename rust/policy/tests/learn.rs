@@ -114,6 +114,33 @@ fn habit(fields: u8) -> impl Strategy<Value = Habit> {
     prop::collection::vec(switch, 1..30)
 }
 
+/// Switches after which habits with bursts have settled.
+const BURSTS_SETTLE: usize = 40_000;
+
+/// A period longer than a window, with fields that are touched in bursts, and those of them that pay: touched once in at most
+/// 20 switches, the others once in at least 64.
+fn bursts() -> impl Strategy<Value = (Habit, Set)> {
+    (64usize..128).prop_flat_map(|period| {
+        let often = period.div_ceil(20)..=period / 8;
+        let rare = 1..=(period / 64).max(1);
+        let field = prop_oneof![often.prop_map(|n| (n, true)), rare.prop_map(|n| (n, false))];
+        let field = (field, 0..period, 1usize..3);
+        prop::collection::vec(field, 1..30).prop_map(move |fields| {
+            let mut habit = vec![Vec::new(); period];
+            let mut pays = Set::EMPTY;
+            for (number, ((touches, often), at, step)) in (0u8..).zip(fields) {
+                for touch in 0..touches {
+                    habit[(at + touch * step) % period].push(number);
+                }
+                if often {
+                    pays.insert(number);
+                }
+            }
+            (habit, pays)
+        })
+    })
+}
+
 /// Whether the costly fields are clearly, by half, worth it or not in any window of the habit, or there are none.
 fn is_clear(habit: &Habit) -> bool {
     let window = usize::from(Config::new(0).window);
@@ -202,6 +229,23 @@ proptest! {
         machine.changes = 0;
         machine.live(&steady, 5000);
         prop_assert_eq!(settled(&machine.learner), worth(&steady));
+        prop_assert_eq!(machine.changes, 0);
+    }
+
+    #[test]
+    fn bursts_end_in_one_set_whenever_they_begin(
+        past in prop::collection::vec((habit(30), 0usize..400), 0..3),
+        (steady, often) in bursts(), phase in 0usize..128,
+    ) {
+        let mut machine = Machine::new();
+        for (habit, switches) in &past {
+            machine.live(habit, *switches);
+        }
+        machine.live(&vec![Vec::new(); 1], phase);
+        machine.live(&steady, BURSTS_SETTLE / steady.len() * steady.len());
+        machine.changes = 0;
+        machine.live(&steady, 10_000);
+        prop_assert_eq!(settled(&machine.learner), often);
         prop_assert_eq!(machine.changes, 0);
     }
 
