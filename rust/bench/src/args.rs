@@ -45,7 +45,7 @@ pub struct BenchArgs {
 
     /// Operations, or `every`: hypercall, hypercall_lean, hypercall_ept, kvm_hypercall, cpuid, pio,
     /// vmread_shadowed, vmread_unshadowed, vmwrite_unshadowed, vmptrld_same, vmptrld_switch,
-    /// vmclear_vmptrld, touch_warm, touch_reflected, touch_unmapped, touch_cold, boot
+    /// vmclear_vmptrld, phases, phases_short, touch_warm, touch_reflected, touch_unmapped, touch_cold, boot
     #[arg(long, value_delimiter = ',', value_parser = parse_ops, value_name = "OP,...",
         default_value = "hypercall,cpuid,vmread_unshadowed,vmptrld_switch,touch_cold")]
     pub ops: Vec<Ops>,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! Which stacks to start and how many samples to take, so that a run ends while somebody is waiting.
 
-use protocol::{Op, OpSpec, Pattern};
+use protocol::{op, Op, OpSpec, Pattern};
 
 /// What one level more multiplies a cost by, roughly (measured: 16 to 20).
 const PER_LEVEL: f64 = 18.0;
@@ -64,6 +64,7 @@ fn cost(op: Op, level: u32) -> f64 {
         Op::VmptrldSame => 3_000.0,
         Op::VmptrldSwitch => 6_500.0,
         Op::VmclearVmptrld => 9_800.0,
+        Op::Phases | Op::PhasesShort => 45_000.0 * f64::from(op.phase().unwrap_or(0) * op::PHASES),
         Op::TouchWarm | Op::TouchLarge => 2_000.0,
         Op::TouchReflected => 23_000.0,
         Op::TouchUnmapped => 3_700.0,
@@ -112,6 +113,10 @@ pub fn stacks(ops: &[Op], depths: &[u32], patterns: &[Pattern], amount: Amount) 
             let Some(level) = depth.checked_sub(op.depth(0)).filter(|&level| level > 0) else {
                 continue;
             };
+            // Too long for deeper levels, and nothing is learned there in another way.
+            if level > 1 && op.phase().is_some() {
+                continue;
+            }
             let at = stacks
                 .iter()
                 .position(|stack| stack.level == level)

@@ -1,6 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! The operations that are measured, and how a list of them is written.
 
+/// Phases of [`Op::Phases`] and [`Op::PhasesShort`].
+pub const PHASES: u32 = 4;
+/// Hypercalls in a phase of [`Op::Phases`].
+pub const PHASE: u32 = 256;
+/// Hypercalls in a phase of [`Op::PhasesShort`].
+pub const SHORT_PHASE: u32 = 32;
+
 /// One operation. Its depth is the level that executes it, which for some is the payload's child.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Op {
@@ -29,6 +36,11 @@ pub enum Op {
     VmptrldSwitch,
     /// VMCLEAR of the current VMCS and VMPTRLD of it again.
     VmclearVmptrld,
+    /// [`PHASES`] phases of [`PHASE`] lean hypercalls each, between which the payload reads and writes fields that stock KVM does
+    /// not shadow, in each phase others. All of it counts, so what learning costs does, too.
+    Phases,
+    /// The same with phases of [`SHORT_PHASE`] hypercalls.
+    PhasesShort,
     /// The child's first touch of pages that the payload's EPT maps and L0 has backed.
     TouchWarm,
     /// The same where the payload's EPT has pages of 2 MiB, and L0 small ones.
@@ -46,7 +58,7 @@ pub enum Op {
 
 impl Op {
     /// Every operation, in the order of a report.
-    pub const EVERY: [Op; 18] = [
+    pub const EVERY: [Op; 20] = [
         Op::Hypercall,
         Op::HypercallLean,
         Op::HypercallEpt,
@@ -59,6 +71,8 @@ impl Op {
         Op::VmptrldSame,
         Op::VmptrldSwitch,
         Op::VmclearVmptrld,
+        Op::Phases,
+        Op::PhasesShort,
         Op::TouchWarm,
         Op::TouchLarge,
         Op::TouchReflected,
@@ -82,6 +96,8 @@ impl Op {
             Op::VmptrldSame => "vmptrld_same",
             Op::VmptrldSwitch => "vmptrld_switch",
             Op::VmclearVmptrld => "vmclear_vmptrld",
+            Op::Phases => "phases",
+            Op::PhasesShort => "phases_short",
             Op::TouchWarm => "touch_warm",
             Op::TouchLarge => "touch_large",
             Op::TouchReflected => "touch_reflected",
@@ -108,10 +124,21 @@ impl Op {
             Op::Hypercall
                 | Op::HypercallLean
                 | Op::HypercallEpt
+                | Op::Phases
+                | Op::PhasesShort
                 | Op::TouchWarm
                 | Op::TouchLarge
                 | Op::TouchReflected
         )
+    }
+
+    /// Hypercalls in a phase of the operations that have phases.
+    pub const fn phase(self) -> Option<u32> {
+        match self {
+            Op::Phases => Some(PHASE),
+            Op::PhasesShort => Some(SHORT_PHASE),
+            _ => None,
+        }
     }
 
     /// Is it counted per page over a pass, rather than one by one?

@@ -57,7 +57,7 @@ impl Meter {
             touch_pages: info.touch_pages as u64,
             order: memory::slice(info.touch_pages.max(1) as usize),
         };
-        meter.collect(64, || {});
+        meter.collect(warm_up(info.level), 64, || {});
         meter.overhead = Sample {
             ticks: meter.summary(64).min,
             exits: 0,
@@ -88,10 +88,10 @@ impl Meter {
         }
     }
 
-    /// Fills the first `count` samples, after warming up.
+    /// Fills the first `count` samples, after so many operations that do not count.
     #[inline(always)]
-    fn collect(&mut self, count: u32, mut operation: impl FnMut()) {
-        for _ in 0..warm_up(self.level) {
+    fn collect(&mut self, warm_up: u32, count: u32, mut operation: impl FnMut()) {
+        for _ in 0..warm_up {
             operation();
         }
         for index in 0..count as usize {

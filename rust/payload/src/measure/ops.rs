@@ -4,7 +4,7 @@
 use core::arch::asm;
 use core::hint::black_box;
 
-use protocol::{backdoor, ports, Op};
+use protocol::{backdoor, op::PHASES, ports, Op};
 
 use super::Meter;
 use crate::cpu;
@@ -19,6 +19,8 @@ const VMCALL_LENGTH: u64 = 3;
 /// What happens to each operation: sampled many times, or profiled once.
 trait Sink {
     fn take(&mut self, operation: impl FnMut());
+    /// The same without any operation before the first that counts.
+    fn take_cold(&mut self, operation: impl FnMut());
 }
 
 struct Samples<'a>(&'a mut Meter, u32);
@@ -26,7 +28,12 @@ struct Samples<'a>(&'a mut Meter, u32);
 impl Sink for Samples<'_> {
     #[inline(always)]
     fn take(&mut self, operation: impl FnMut()) {
-        self.0.collect(self.1, operation);
+        self.0
+            .collect(super::warm_up(self.0.level), self.1, operation);
+    }
+
+    fn take_cold(&mut self, operation: impl FnMut()) {
+        self.0.collect(0, self.1, operation);
     }
 }
 
@@ -38,6 +45,10 @@ impl Sink for Profiler {
         for _ in 0..super::warm_up(self.0) {
             operation();
         }
+        self.take_cold(operation);
+    }
+
+    fn take_cold(&mut self, mut operation: impl FnMut()) {
         // SAFETY: `Meter::profile` has seen that the backdoor answers.
         unsafe { cpu::xgetbv_known(backdoor::PROFILE_START) };
         operation();
@@ -176,12 +187,63 @@ fn perform(op: Op, context: &Context, sink: &mut impl Sink) -> Result<(), VmxErr
                 raw::vmptrld(&first.vmcs);
             });
         }
+        Op::Phases | Op::PhasesShort => {
+            let length = op.phase().unwrap_or(0);
+            sink.take_cold(|| {
+                for fields in &PHASE_FIELDS {
+                    for _ in 0..length {
+                        use_fields(fields);
+                        hypercall(&mut registers, false);
+                    }
+                }
+            });
+            expect_vmcall()?;
+        }
         Op::TouchWarm | Op::TouchLarge | Op::TouchReflected | Op::TouchUnmapped | Op::TouchCold => {
             unreachable!("touch operations are not sampled one by one")
         }
         Op::Boot => unreachable!("no list of operations can have it"),
     }
     Ok(())
+}
+
+/// What is read and written in each phase: guest-state, host-state and control fields, none of which stock KVM shadows.
+const PHASE_FIELDS: [[u32; 12]; PHASES as usize] = [
+    // Selectors, bases and limits of the host and the guest.
+    [
+        0x0c00, 0x0c02, 0x0c04, 0x0c06, 0x0c08, 0x0c0a, 0x0c0c, 0x4c00, 0x6c00, 0x6c02, 0x6c04,
+        0x6c0a,
+    ],
+    [
+        0x0800, 0x0804, 0x0806, 0x0808, 0x080a, 0x080c, 0x080e, 0x4800, 0x4804, 0x4806, 0x4808,
+        0x480a,
+    ],
+    // Addresses and counts.
+    [
+        0x2000, 0x2002, 0x2006, 0x2008, 0x200a, 0x2010, 0x4006, 0x4008, 0x400a, 0x400e, 0x4010,
+        0x4014,
+    ],
+    // Some of each.
+    [
+        0x0c00, 0x0c04, 0x0c08, 0x0c0c, 0x2000, 0x2006, 0x200a, 0x4006, 0x400a, 0x6806, 0x680a,
+        0x680c,
+    ],
+];
+
+/// Reads all of these fields and writes every other one, with the value that it has.
+#[inline(always)]
+fn use_fields(fields: &[u32]) {
+    for (number, &field) in fields.iter().enumerate() {
+        // SAFETY: in root operation with a current VMCS; a field that the parent lacks fails without effect.
+        unsafe {
+            let value = raw::vmread(field);
+            if number % 2 == 0 {
+                raw::vmwrite(field, value);
+            } else {
+                black_box(value);
+            }
+        }
+    }
 }
 
 /// One hypercall of the child, from its VMCALL's exit to the next one's.
