@@ -4,7 +4,7 @@
 //! takes.
 
 use crate::{
-    bindings,
+    alloc, bindings,
     hook::{self, AttachError, Attached, Function, HookId},
     kvm, layout,
     path::{self, checks, exits, nested_switch},
@@ -451,6 +451,7 @@ impl Notifier {
             notifier_call: Some(module_event),
             ..Default::default()
         };
+        alloc::MODULE.gate()?;
         let mut block = KBox::new(block, GFP_KERNEL)?;
         // SAFETY: The box does not move and is unregistered before it is freed.
         to_result(unsafe { bindings::register_module_notifier(&mut *block) })?;

@@ -4,8 +4,10 @@
 //! `exits_enable` takes 0 or 1; `exits` has a line for each basic exit reason that occurred:
 //! reason, exits from L1, exits from L2 and deeper. `learned` has a line for each vCPU and path that learns VMCS
 //! fields: thread, path, fields. Reading `ept02` walks EPT02 of every VM and says what is wrong with it.
+//! `alloc_fault` takes a number N and has the Nth allocation for a vCPU from then on fail, once; it
+//! shows how many allocations there were and how many were made to fail, for the module and for vCPUs.
 
-use crate::{control, path, state};
+use crate::{alloc, control, path, policy, state};
 use kernel::{
     c_str,
     debugfs::{Dir, File},
@@ -25,6 +27,7 @@ pub(crate) struct Files {
     learned: File<()>,
     #[pin]
     ept02: File<()>,
+    alloc_fault: File<()>,
     _dir: Dir,
 }
 
@@ -75,6 +78,23 @@ fn store_enable(_: &(), reader: &mut UserSliceReader) -> Result {
     }
 }
 
+fn show_alloc_fault(_: &(), f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    let counts = [&alloc::MODULE, &alloc::VCPU].map(alloc::Purpose::counts);
+    let [(module, module_failed), (vcpu, vcpu_failed)] = counts;
+    writeln!(f, "module {module} {module_failed}")?;
+    writeln!(f, "vcpu {vcpu} {vcpu_failed}")
+}
+
+fn store_alloc_fault(_: &(), reader: &mut UserSliceReader) -> Result {
+    let mut text = [0u8; 8];
+    let n = reader.len().min(8);
+    let text = text.get_mut(..n).ok_or(EINVAL)?;
+    reader.read_slice(text)?;
+    let number = policy::knob::number(text).ok_or(EINVAL)?;
+    alloc::VCPU.arm(u32::from(number));
+    Ok(())
+}
+
 impl Files {
     /// Makes the files. Without debugfs there are none, which is no error.
     pub(crate) fn new() -> impl PinInit<Self, Error> {
@@ -84,6 +104,9 @@ impl Files {
             enable <- dir.read_write_callback_file(c_str!("exits_enable"), (), &show_enable, &store_enable),
             learned <- dir.read_callback_file(c_str!("learned"), (), &show_learned),
             ept02 <- dir.read_callback_file(c_str!("ept02"), (), &show_ept02),
+            alloc_fault <- dir.read_write_callback_file(
+                c_str!("alloc_fault"), (), &show_alloc_fault, &store_alloc_fault,
+            ),
             _dir: dir,
         })
     }

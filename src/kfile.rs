@@ -2,7 +2,7 @@
 //! Reads small files of sysfs from inside the kernel: BTF and other modules' parameters have no
 //! interface that is exported to modules.
 
-use crate::bindings;
+use crate::{alloc, bindings};
 use kernel::{prelude::*, str::CStr};
 
 /// Nothing that the module reads is near this: the kernel's BTF is under 10 MiB.
@@ -46,6 +46,7 @@ impl Drop for File {
 pub(crate) fn read(path: &CStr) -> Result<KVVec<u8>> {
     let file = File::open(path)?;
     let mut data = KVVec::new();
+    alloc::MODULE.gate()?;
     let mut chunk = KVVec::from_elem(0u8, CHUNK, GFP_KERNEL)?;
     let mut pos = 0;
     loop {
@@ -56,6 +57,7 @@ pub(crate) fn read(path: &CStr) -> Result<KVVec<u8>> {
         if data.len() + n > MAX_SIZE {
             return Err(EFBIG);
         }
+        alloc::MODULE.gate()?;
         data.extend_from_slice(part, GFP_KERNEL)?;
     }
 }

@@ -5,6 +5,7 @@
 //! has the accelerations, [`control`] decides what is attached when, [`policy`] has the pure
 //! decisions. `Documentation/design.md` tells why.
 
+mod alloc;
 mod bindings;
 mod control;
 mod debugfs;
@@ -37,6 +38,10 @@ module! {
         paths: u8 {
             default: 0,
             description: "Mode of all paths at load: 0 off, 1 on, 2 check",
+        },
+        alloc_fault: u8 {
+            default: 0,
+            description: "Test knob: the allocation of this number, of those that loading makes, fails",
         },
         layout_fault: u8 {
             default: 0,
@@ -81,6 +86,7 @@ impl kernel::Module for Matryoshka {
                 pr_err!("parameter paths must be 0 (off), 1 (on) or 2 (check)\n");
                 EINVAL
             })?;
+        alloc::MODULE.arm(u32::from(number(module_parameters::alloc_fault.value())));
         let running = Running;
         if layout::kvm_intel_is_loaded() {
             control::kvm_intel_came(usize::from(number(module_parameters::layout_fault.value())))?;
@@ -89,6 +95,7 @@ impl kernel::Module for Matryoshka {
         }
         let notifier = control::Notifier::register()?;
         let sysfs = sysfs::Tree::new()?;
+        alloc::MODULE.gate()?;
         let debugfs = KBox::pin_init(debugfs::Files::new(), GFP_KERNEL)?;
         for (number, path) in path::PATHS.iter().enumerate() {
             // A path that cannot work here says so in the log and in its state.

@@ -10,7 +10,7 @@
 //! the vCPU's own thread (free) or after every hook is off and drained (see `hook`), so never while
 //! one of the vCPU's handlers runs.
 
-use crate::{bindings, hook::InFlight, kvm::Vcpu, path};
+use crate::{alloc, bindings, hook::InFlight, kvm::Vcpu, path};
 use core::{
     cell::UnsafeCell,
     sync::atomic::{AtomicPtr, AtomicUsize, Ordering},
@@ -33,6 +33,12 @@ pub(crate) struct VcpuState {
 // SAFETY: `local` is only reached through `with`, from the thread that holds the vCPU's mutex;
 // `counters` are atomics.
 unsafe impl Sync for VcpuState {}
+
+/// Most memory that the module ever takes for one vCPU, in bytes as the allocator rounds them.
+pub(crate) const MOST: usize = core::mem::size_of::<VcpuState>().next_power_of_two() + path::MOST;
+
+// Documentation/design.md says so.
+const _: () = assert!(MOST <= 116 * 1024);
 
 /// What the state of a new vCPU looks like.
 static TEMPLATE: VcpuState = VcpuState {
@@ -109,6 +115,9 @@ pub(crate) fn ensure(vcpu: Vcpu, _section: &InFlight) -> bool {
     }
     // Freed without nested_vmx_free_vcpu(), it would leave its state to the next vCPU at its address.
     if !vcpu.is_vmx() {
+        return false;
+    }
+    if alloc::VCPU.gate().is_err() {
         return false;
     }
     let Ok(state) = KVBox::<VcpuState>::new_uninit(GFP_KERNEL_ACCOUNT | __GFP_NOWARN) else {

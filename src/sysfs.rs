@@ -4,7 +4,7 @@
 //! Readable by all (but `hooks`, which has kernel addresses) and writable by root only. A file shows at most one page.
 
 use crate::{
-    bindings, control,
+    alloc, bindings, control,
     path::{self, nested_switch},
     policy::{detour::Rate, mode::Mode},
     state,
@@ -138,9 +138,10 @@ fn write_page(kobj: *mut bindings::kobject, kind: Kind, out: &mut Page<'_>) -> f
         Kind::Hooks => control::describe_hooks(out),
         Kind::Vcpus => writeln!(
             out,
-            "{} {}",
+            "{} {} {}",
             state::count(),
-            core::mem::size_of::<state::VcpuState>()
+            core::mem::size_of::<state::VcpuState>(),
+            state::MOST
         ),
         Kind::Detour => {
             let rate = nested_switch::detour();
@@ -274,6 +275,7 @@ impl Tree {
         // SAFETY: `kernel_kobj` is set early in boot and never goes.
         let top = Dir::new(c_str!("matryoshka"), unsafe { bindings::kernel_kobj }, &TOP)?;
         let paths = Dir::new(c_str!("paths"), top.0, &[])?;
+        alloc::MODULE.gate()?;
         let mut per_path = KVec::with_capacity(path::COUNT, GFP_KERNEL)?;
         for p in path::PATHS {
             let dir = Dir::new(p.name, paths.0, &PER_PATH)?;

@@ -15,7 +15,7 @@
 
 mod resolve;
 
-use crate::bindings;
+use crate::{alloc, bindings};
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use kernel::{prelude::*, str::CStr};
 
@@ -352,6 +352,7 @@ impl Attached {
             ops_func: Some(share_with_livepatch),
             ..Default::default()
         };
+        alloc::MODULE.gate().map_err(|_| AttachError::NoMemory)?;
         let mut ops = KBox::new(ops, GFP_KERNEL).map_err(|_| AttachError::NoMemory)?;
 
         let hook = id.hook();

@@ -2,7 +2,7 @@
 //! Finds the address of a kernel function that is not exported.
 
 use super::Function;
-use crate::bindings;
+use crate::{alloc, bindings};
 use kernel::{prelude::*, str::CString};
 
 /// The address where ftrace knows the function, or `None` when the running kernel has no function
@@ -23,6 +23,7 @@ pub(super) fn address(function: Function) -> Option<usize> {
         flags: bindings::KPROBE_FLAG_DISABLED,
         ..Default::default()
     };
+    alloc::MODULE.gate().ok()?;
     let mut probe = KBox::new(probe, GFP_KERNEL).ok()?;
     // SAFETY: `probe` is zeroed but for its symbol's name, which outlives the registration.
     if unsafe { bindings::register_kprobe(&mut *probe) } < 0 {

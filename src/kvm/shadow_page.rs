@@ -2,7 +2,7 @@
 //! A shadow VMCS of our own, as `alloc_vmcs(true)` makes KVM's.
 
 use super::vmx;
-use crate::bindings;
+use crate::{alloc, bindings};
 use kernel::prelude::*;
 
 /// A shadow VMCS. It must be clear (VMCLEAR) when this is dropped.
@@ -18,6 +18,7 @@ impl ShadowPage {
     ///
     /// The CPU is in VMX root operation; `like` is a shadow VMCS of KVM's.
     pub(crate) unsafe fn new(like: *const bindings::vmcs) -> Result<Self> {
+        alloc::VCPU.gate()?;
         // SAFETY: Asks for nothing.
         let page = unsafe { bindings::get_free_pages_noprof(bindings::MTK_GFP_ZEROED, 0) };
         if page == 0 {

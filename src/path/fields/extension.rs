@@ -5,7 +5,10 @@ use super::{
     lists::{Bitmap, List},
     LEARNED, STOCK,
 };
-use crate::kvm::{fields::FIELDS, vmx, Vcpu};
+use crate::{
+    alloc,
+    kvm::{fields::FIELDS, vmx, Vcpu},
+};
 use kernel::{new_spinlock, prelude::*, sync::SpinLock};
 use pin_init::{init_from_closure, Init};
 
@@ -75,6 +78,7 @@ impl Extension {
             return Ok(None);
         };
         let _ = vcpu;
+        alloc::VCPU.gate()?;
         let mut ext = KBox::pin_init(
             pin_init!(Self {
                 vmread <- copy_of(stock_vmread),

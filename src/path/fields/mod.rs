@@ -44,6 +44,9 @@ use kernel::c_str;
 /// This path's number in `PATHS`.
 pub(super) const NUMBER: usize = 1;
 
+/// Most that is allocated for one vCPU, in bytes as the allocator rounds them.
+pub(super) const MOST: usize = core::mem::size_of::<Extension>().next_power_of_two();
+
 /// Most fields that are shadowed beside the stock list.
 const BUDGET: u8 = 96;
 /// Room for the stock lists, of each width; stock KVM has 38 fields in all.

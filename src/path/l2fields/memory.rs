@@ -3,7 +3,7 @@
 //! one that the processor uses.
 
 use crate::{
-    bindings,
+    alloc, bindings,
     kvm::{
         fields::{Class, Number, FIELDS},
         guest_memory::GuestMemory,
@@ -66,6 +66,7 @@ impl Tables {
     unsafe fn new(like: *const bindings::vmcs) -> Result<Pin<KBox<Self>>> {
         // SAFETY: By this function's contract.
         let shadow = unsafe { ShadowPage::new(like)? };
+        alloc::VCPU.gate()?;
         KBox::pin_init(
             pin_init!(Self {
                 vmread <- all_exit(),
@@ -80,6 +81,10 @@ impl Tables {
         )
     }
 }
+
+/// Most that is allocated for one vCPU, in bytes as the allocator rounds them.
+pub(in crate::path) const MOST: usize =
+    core::mem::size_of::<Tables>().next_power_of_two() + crate::kvm::guest_memory::PAGE;
 
 /// What is kept for one vCPU.
 pub(crate) struct Memory {

@@ -16,6 +16,7 @@
 mod memory;
 
 pub(crate) use memory::Memory;
+pub(super) use memory::MOST;
 
 use super::{learned::Published, CounterSet, Counters, Local, Path};
 use crate::{

@@ -23,6 +23,7 @@
 mod regions;
 
 pub(crate) use regions::Regions;
+pub(super) use regions::MOST;
 
 use super::{fields, CounterSet, Counters, Local, Path};
 use crate::{

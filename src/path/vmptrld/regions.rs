@@ -3,7 +3,7 @@
 
 use super::Shared;
 use crate::{
-    bindings,
+    alloc, bindings,
     kvm::{
         guest_memory::{SrcuGuard, PAGE},
         nested::Pages,
@@ -20,6 +20,9 @@ use kernel::prelude::*;
 /// for each vCPU that it runs here, and a shadow VMCS.
 pub(super) const SLOTS: usize = 8;
 
+/// Most that is allocated for one vCPU, in bytes.
+pub(in crate::path) const MOST: usize = SLOTS * 2 * PAGE;
+
 /// `INVALID_GPA`: no VMCS.
 pub(super) const NONE: u64 = u64::MAX;
 
@@ -33,6 +36,7 @@ impl Owned {
     ///
     /// The CPU is in VMX root operation. `like` is a shadow VMCS of KVM's.
     unsafe fn new(like: *const bindings::vmcs) -> Result<Self> {
+        alloc::VCPU.gate()?;
         let vmcs12 = KBox::<[u64; PAGE / 8]>::new_uninit(GFP_KERNEL_ACCOUNT | __GFP_NOWARN)?;
         // SAFETY: By this function's contract.
         let shadow = unsafe { ShadowPage::new(like)? };
