@@ -30,7 +30,7 @@ fn entry() -> impl Strategy<Value = u64> {
         1 => Just(0x22),
         1 => Just(3),
         2 => Just(0xa3),
-        1 => Just(1 << 63 | 0x23),
+        1 => Just((1 << 63) | 0x23),
     ];
     (page(), flags).prop_map(|(page, flags)| page | flags)
 }
@@ -39,7 +39,7 @@ fn start() -> impl Strategy<Value = Start> {
     let reserved = prop_oneof![6 => Just(0u64), 1 => Just(1u64 << 63), 1 => Just(0x8000)];
     (0u64..2, 1u64..3, reserved).prop_map(|(memory, cr3, reserved)| Start {
         memory,
-        cr3: cr3 << 12 | 0x18,
+        cr3: (cr3 << 12) | 0x18,
         reserved,
     })
 }
@@ -47,10 +47,8 @@ fn start() -> impl Strategy<Value = Start> {
 /// Few addresses; each uses the first two entries of its tables.
 fn address() -> impl Strategy<Value = u64> {
     (prop::collection::vec(0u64..2, 4), 0u64..4).prop_map(|(at, offset)| {
-        at.into_iter()
-            .fold(0, |address, index| address << 9 | index)
-            << 12
-            | offset * 8
+        let page = at.into_iter().fold(0, |page, index| (page << 9) | index);
+        (page << 12) | (offset * 8)
     })
 }
 
@@ -69,13 +67,13 @@ proptest! {
     ) {
         let mut memory: HashMap<u64, u64> = HashMap::new();
         for (number, &value) in (0u64..).zip(&tables) {
-            memory.insert(((number >> 1) + 1) << 12 | (number & 1) << 3, value);
+            memory.insert((((number >> 1) + 1) << 12) | ((number & 1) << 3), value);
         }
         let mut kept = Trail::NONE;
         for step in steps {
             match step {
                 Step::Write(page, index, value) => {
-                    memory.insert(page | index << 3, value);
+                    memory.insert(page | (index << 3), value);
                 }
                 Step::Walk(start, address) => {
                     // Nothing is at the last page.
