@@ -27,6 +27,7 @@ pub(crate) struct Files {
     learned: File<()>,
     #[pin]
     ept02: File<()>,
+    #[pin]
     alloc_fault: File<()>,
     _dir: Dir,
 }
