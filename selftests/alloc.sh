@@ -7,7 +7,7 @@
 
 step=${MATRYOSHKA_ALLOC_STEP:-1}
 tests=turns,shadowing
-fault=/sys/kernel/debug/matryoshka/alloc_fault
+fault=$DEBUGFS/alloc_fault
 
 # failed WHOSE: how many allocations were made to fail.
 failed() { sed -n "s/^$1 [0-9]* //p" "$fault"; }
@@ -49,6 +49,8 @@ under_guest() {
 	shift
 	_at=1
 	while [ "$_at" -le 200 ]; do
+		# The tool takes the module out for the stock code, and leaves it in otherwise.
+		loaded || load || return 1
 		_before=$(failed vcpu)
 		echo "$_at" >"$fault" || return 1
 		run "$_what/$_at" --config l0 "$@" || return 1
@@ -63,7 +65,7 @@ under_guest() {
 
 begin
 need_guest
-mount -t debugfs none /sys/kernel/debug 2>/dev/null
+[ -n "$(ls -A /sys/kernel/debug 2>/dev/null)" ] || skip_all "debugfs is not mounted"
 plan 8
 mark_log
 check "each allocation at load fails harmlessly" at_load

@@ -262,14 +262,17 @@ impl kernel::fmt::Display for Show<&layout::Mismatch> {
 }
 
 /// kvm_intel is there (at load, or because it was loaded just now): look at it and attach what was
-/// asked for. `EINVAL` if its layout differs; the log has the structure's name.
+/// asked for. `EINVAL` if its layout differs, and the log has the structure's name; `ENOMEM`.
 pub(crate) fn kvm_intel_came(fault: usize) -> Result {
     let mut control = CONTROL.lock();
     control.meet(fault);
     control.apply();
     if let Target::Refused(mismatch) = &control.target {
         pr_err!("{}\n", Show(mismatch));
-        return Err(EINVAL);
+        return Err(match mismatch {
+            layout::Mismatch::NoBtf(_, e) if *e == ENOMEM => ENOMEM,
+            _ => EINVAL,
+        });
     }
     Ok(())
 }

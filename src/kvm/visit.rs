@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Work in another process's address space.
 
-use crate::bindings;
+use crate::{alloc, bindings};
 use core::pin::Pin;
 use kernel::{mm::Mm, prelude::*, sync::Completion};
 
@@ -49,6 +49,7 @@ pub(crate) unsafe fn visit(
     let user = unsafe { Mm::from_raw(mm.cast()) }
         .mmget_not_zero()
         .ok_or(ESRCH)?;
+    alloc::MODULE.gate()?;
     let done = KBox::pin_init(Completion::new(), GFP_KERNEL)?;
     let mut visit = Visit {
         mm,
