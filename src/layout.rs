@@ -191,7 +191,8 @@ pub(crate) fn check(fault: usize) -> Result<Prototypes, Mismatch> {
         hooks: [false; hook::COUNT],
         calls: [false; hook::CALLS],
     };
-    let mut functions: [Option<Function>; hook::COUNT + hook::CALLS] = [None; hook::COUNT + hook::CALLS];
+    let mut functions: [Option<Function>; hook::COUNT + hook::CALLS] =
+        [None; hook::COUNT + hook::CALLS];
     let all = HookId::all().map(HookId::function);
     let all = Iterator::chain(all, CallId::all().map(CallId::function));
     for (slot, function) in functions.iter_mut().zip(all) {
