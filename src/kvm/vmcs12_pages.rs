@@ -195,6 +195,14 @@ impl Vcpu {
         pinned.then_some(HostMap(map))
     }
 
+    /// Whether KVM has pinned any.
+    #[inline(always)]
+    pub(crate) fn has_pinned_pages(self) -> bool {
+        // SAFETY: By the invariants of `Vcpu`; plain words.
+        USES.iter()
+            .any(|&use_| unsafe { !(*self.map(use_)).hva.is_null() })
+    }
+
     /// Takes the page that `pinned_page` has just found from KVM, which forgets it without unpinning it.
     ///
     /// # Safety

@@ -387,7 +387,8 @@ fn note(vcpu: Vcpu, memory: &mut Memory, count: &Counters) {
 #[inline(always)]
 pub(crate) fn exited(vcpu: Vcpu) {
     // Only within KVM_RUN, whose end lets go of them.
-    if mode(HOOK) != Mode::On || vcpu.guest_mode() || !vcpu.is_in_run() {
+    if mode(HOOK) != Mode::On || vcpu.guest_mode() || !vcpu.has_pinned_pages() || !vcpu.is_in_run()
+    {
         return;
     }
     // What is kept from now on the path's `drain` has to see.
