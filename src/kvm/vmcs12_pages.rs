@@ -200,6 +200,7 @@ impl Vcpu {
     pub(crate) fn has_pinned_pages(self) -> bool {
         // SAFETY: By the invariants of `Vcpu`; plain words.
         USES.iter()
+            // SAFETY: By the invariants of `Vcpu`; a plain word.
             .any(|&use_| unsafe { !(*self.map(use_)).hva.is_null() })
     }
 

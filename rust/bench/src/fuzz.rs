@@ -331,23 +331,25 @@ fn program(line: &str) -> Option<u64> {
     rest[..end].parse().ok()
 }
 
+/// What two ways of one program have seen.
+type Logs = (Vec<String>, Vec<String>);
+
 /// Runs a program that differs again, with its log, and says where the logs part.
 fn explain(args: &BenchArgs, ways: [Way; 2], first: u64, program: u64) -> Result<(), Failure> {
-    let try_one =
-        |first: u64, without: u64| -> Result<Option<(Vec<String>, Vec<String>)>, Failure> {
-            let request = Request {
-                seed: args.seed,
-                first,
-                count: program + 1 - first,
-                show: Some(program),
-                without,
-            };
-            let mut run = Run::new(args, &ways, 1, request.count, true);
-            boot(args, request, &mut run)?;
-            let differ = !run.differs.is_empty();
-            let mut log = |way| run.last.remove(way).unwrap_or_default();
-            Ok(differ.then(|| (log(&ways[0]), log(&ways[1]))))
+    let try_one = |first: u64, without: u64| -> Result<Option<Logs>, Failure> {
+        let request = Request {
+            seed: args.seed,
+            first,
+            count: program + 1 - first,
+            show: Some(program),
+            without,
         };
+        let mut run = Run::new(args, &ways, 1, request.count, true);
+        boot(args, request, &mut run)?;
+        let differ = !run.differs.is_empty();
+        let mut log = |way| run.last.remove(way).unwrap_or_default();
+        Ok(differ.then(|| (log(&ways[0]), log(&ways[1]))))
+    };
     // Alone, or with as few before it as that takes.
     let mut before = 0;
     let (first, mut logs) = loop {
@@ -365,7 +367,7 @@ fn explain(args: &BenchArgs, ways: [Way; 2], first: u64, program: u64) -> Result
     let mut without = 0u64;
     if args.minimize {
         for at in 0..OPERATIONS {
-            let fewer = without | 1 << at;
+            let fewer = without | (1 << at);
             if let Some(found) = try_one(first, fewer)? {
                 (without, logs) = (fewer, found);
             }

@@ -56,6 +56,11 @@ impl Memory {
         }
     }
 
+    /// Lets reads through, if the VMM's filter allows it.
+    ///
+    /// # Safety
+    ///
+    /// As for `loaded`.
     #[cold]
     unsafe fn open(&mut self, vcpu: Vcpu, counters: &CounterSet) {
         // Anew, in the handler's section, for which a thread waits that has just switched the path off.
