@@ -198,7 +198,6 @@ impl Vcpu {
     /// Whether KVM has pinned any.
     #[inline(always)]
     pub(crate) fn has_pinned_pages(self) -> bool {
-        // SAFETY: By the invariants of `Vcpu`; plain words.
         USES.iter()
             // SAFETY: By the invariants of `Vcpu`; a plain word.
             .any(|&use_| unsafe { !(*self.map(use_)).hva.is_null() })
