@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: GPL-2.0
 # Memory that runs out is no harm: each allocation of the module fails in turn, at load by the parameter alloc_fault and
 # under a running guest by the debugfs file of that name, and the guest prints what it prints on the stock code.
-# MATRYOSHKA_ALLOC_STEP (default 1) says at how many of them the test looks: one in so many.
+# MATRYOSHKA_ALLOC_STEP (settings: alloc_step) says at how many of them the test looks: one in so many; 1 takes half an hour of the
+# emulated host.
 . "$(dirname "$0")/lib.sh"
 
-step=${MATRYOSHKA_ALLOC_STEP:-1}
+step=${MATRYOSHKA_ALLOC_STEP:-$(setting alloc_step)}
 tests=turns,shadowing
 fault=$DEBUGFS/alloc_fault
 
