@@ -31,7 +31,8 @@ at_load() {
 		[ "$(traced)" = 0 ] || { echo "allocation $_n: left $(traced) functions hooked"; return 1; }
 		_n=$((_n + step))
 	done
-	[ "$_n" -gt 20 ] && [ "$_n" -le 250 ] && [ "$_refused" -gt 0 ] || { echo "$_n allocations, $_refused refused"; return 1; }
+	# A few samples may all be of what loading can do without.
+	[ "$_n" -gt 20 ] && [ "$_n" -le 250 ] && { [ "$step" -gt 4 ] || [ "$_refused" -gt 0 ]; } || { echo "$_n allocations, $_refused refused"; return 1; }
 	say "loading makes $((_n - 1)) allocations; $_refused of those looked at are needed"
 }
 
