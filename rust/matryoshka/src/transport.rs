@@ -21,11 +21,12 @@ use crate::term::Raw;
 use crate::{complain, Code};
 
 const SAVE_EXAMPLES: &str = "Examples:
-  matryoshka nest --depth 2 --linux &             a stack that runs ...
-  matryoshka save two-levels                      ... goes into a file, and ends
-  matryoshka restore two-levels                   it goes on where it was
-  matryoshka save --pid 4711 two-levels           if several stacks run
+  matryoshka nest --depth 1 --args tests=turns &  a stack that runs ...
+  matryoshka save stack                           ... goes into a file, and ends
+  matryoshka restore stack                        it goes on where it was
+  matryoshka save --pid 4711 stack                if several stacks run
 
+Only stacks of one level, a payload with its own guests, can be saved yet; any other says so and runs on.
 The file holds the guest's memory: whoever can read it can read that. Pages of zeros take no room.
 If the file cannot be written, the stack goes on and nothing is left of the file.";
 

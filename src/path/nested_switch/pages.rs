@@ -326,8 +326,10 @@ fn get_slowly(
             }
             return;
         }
+        // A bool: false if a page could not be had, and then there is no bitmap either.
+        let done = ret as u8 != 0;
         // Unless L1 has changed its bitmap meanwhile.
-        if let (Some(Some(bitmap)), true) = (before, before == after) {
+        if let (Some(Some(bitmap)), true) = (before, done && before == after) {
             compare(vcpu, &bitmap, count);
         }
         note(vcpu, &mut local.nested_switch.pages, count);
