@@ -6,7 +6,7 @@
 . "$(dirname "$0")/lib.sh"
 
 tests=turns,shadowing,links
-all_moves=${MATRYOSHKA_MOVES:-4}
+all_moves=${MATRYOSHKA_MOVES:-3}
 
 # saved FILE: the running stack goes into it.
 saved() { matryoshka save "$1" >>"$TMP/said" 2>&1; }
@@ -36,7 +36,7 @@ travel() {
 	_n=0
 	_all=$(wc -l <"$TMP/still-$1")
 	while [ "$_n" -lt "$moves" ]; do
-		wait_lines "$TMP/log" $(((_n + 1) * _all / (moves + 2)))
+		wait_lines "$TMP/log" $(((_n + 1) * _all / (2 * moves)))
 		rm -f "$TMP/stack"
 		saved "$TMP/stack" || { cat "$TMP/said"; return 1; }
 		wait "$STACK" || { echo "the stack did not end well"; cat "$TMP/said"; return 1; }
