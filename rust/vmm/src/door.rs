@@ -4,7 +4,7 @@
 //! The socket's name is in the abstract namespace, so it goes with the process. One request is a line of JSON, as is each
 //! answer.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
@@ -178,9 +178,14 @@ pub fn running() -> Vec<u32> {
 /// Asks the stack of process `pid` to save itself into `file`, an absolute name, and to end. `progress` gets bytes done and
 /// in all.
 pub fn save(pid: u32, file: &Path, mut progress: impl FnMut(u64, u64)) -> Result<()> {
-    let lost = |source| Error::Os {
-        what: "the connection to the stack",
-        source,
+    let lost = |source: std::io::Error| match source.kind() {
+        ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => {
+            Error::Stack("the stack came to its end first".into())
+        }
+        _ => Error::Os {
+            what: "the connection to the stack",
+            source,
+        },
     };
     let mut stream = SocketAddr::from_abstract_name(format!("{NAME}{pid}"))
         .and_then(|name| UnixStream::connect_addr(&name))
