@@ -37,6 +37,27 @@ impl Window {
     };
 }
 
+impl Vcpu {
+    /// A number that changes before any memory slot does (`kvm_memslots->generation`): while it is the same, an
+    /// address is where it was. `None` in SMM, which may have slots of its own.
+    ///
+    /// KVM's SRCU lock is held.
+    #[inline(always)]
+    pub(crate) fn slots_generation(self) -> Option<u64> {
+        if self.in_smm() {
+            return None;
+        }
+        let kvm = read!(self, vcpu.kvm);
+        // SAFETY: A vCPU's VM outlives it; slots that are in force are not freed under the lock.
+        unsafe {
+            let slots = (&raw const (*kvm).memslots[0])
+                .cast::<*const bindings::kvm_memslots>()
+                .read_volatile();
+            Some((&raw const (*slots).generation).read_volatile())
+        }
+    }
+}
+
 impl GuestMemory {
     /// # Safety
     ///
@@ -46,22 +67,6 @@ impl GuestMemory {
         Self {
             vcpu,
             slot: Window::EMPTY,
-        }
-    }
-
-    /// A number that changes before any memory slot does (`kvm_memslots->generation`): while it is the same, an
-    /// address is where it was. `None` in SMM, which may have slots of its own.
-    #[inline(always)]
-    pub(crate) fn generation(&self) -> Option<u64> {
-        const HF_SMM_MASK: u32 = 1 << 1;
-        if read!(self.vcpu, vcpu.arch.hflags) & HF_SMM_MASK != 0 {
-            return None;
-        }
-        let kvm = read!(self.vcpu, vcpu.kvm);
-        // SAFETY: A vCPU's VM outlives it; by the type's invariants the slots that it has now stay meanwhile.
-        unsafe {
-            let slots = (&raw const (*kvm).memslots[0]).read_volatile();
-            Some((&raw const (*slots).generation).read_volatile())
         }
     }
 

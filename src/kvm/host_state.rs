@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What load_vmcs12_host_state() changes when L1 is in 64-bit mode and KVM uses EPT and unrestricted guest.
 
-use super::{vcpu::read, vmcs12::field, vmx, Vcpu, Vmcs12};
+use super::{controls::USE_MSR_BITMAPS, vcpu::read, vmcs12::field, vmx, Vcpu, Vmcs12};
 use crate::{
     bindings,
     hook::CallId,
@@ -137,7 +137,6 @@ impl Vcpu {
     /// On the vCPU's thread. While they pass, the register is to have what KVM would give.
     pub(crate) unsafe fn pass_debugctl_reads(self, pass: bool) -> bool {
         const MSR_TYPE_R: usize = 1;
-        const USE_MSR_BITMAPS: u32 = 1 << 28;
         const WORD: usize = bindings::MTK_MSR_DEBUGCTL as usize / 64;
         const BIT: u64 = 1 << (bindings::MTK_MSR_DEBUGCTL % 64);
         let msr = bindings::MTK_MSR_DEBUGCTL as usize;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Safe views of KVM's structures, for use inside a hook's handler.
 
+mod controls;
 pub(crate) mod efer;
 pub(crate) mod ept02;
 pub(crate) mod fields;

@@ -2,6 +2,7 @@
 //! What VMPTRLD and VMCLEAR of L1 read and change in a vCPU.
 
 use super::{
+    controls::SHADOW_VMCS,
     guest_memory::{read_host_u64, GuestMemory},
     vcpu::read,
     vmx, Vcpu, Vmcs12,
@@ -18,8 +19,6 @@ const GUEST_RSP: u64 = 0x681c;
 const GUEST_SS_AR_BYTES: u64 = 0x4818;
 
 const RSP: u8 = 4;
-/// X86_CR4_LA57: five levels of paging structures.
-const CR4_LA57: usize = 1 << 12;
 /// X86_CR4_LAM_SUP: bits 62:48 of a supervisor's linear addresses may be tags.
 const CR4_LAM_SUP: usize = 1 << 28;
 /// EFER_NX: bit 63 of a paging-structure entry is not reserved.
@@ -52,8 +51,7 @@ impl Vcpu {
 
     /// `nested_cpu_has_vmx_shadow_vmcs()`: L1 may use VMCS shadowing.
     pub(crate) fn may_shadow(self) -> bool {
-        const SECONDARY_EXEC_SHADOW_VMCS: u32 = 1 << 14;
-        read!(self, nested.msrs.secondary_ctls_high) & SECONDARY_EXEC_SHADOW_VMCS != 0
+        read!(self, nested.msrs.secondary_ctls_high) & SHADOW_VMCS != 0
     }
 
     /// The guest-physical address that the memory operand of L1's VMPTRLD or VMCLEAR holds. `None` if
@@ -71,7 +69,8 @@ impl Vcpu {
         // SAFETY: KVM's own pointer to one of the vCPU's MMUs; the role is a union of integers.
         let direct = unsafe { (*mmu).root_role.__bindgen_anon_1.direct() };
         let unusual = direct == 0
-            || read!(self, vcpu.arch.cr4) & (CR4_LA57 | CR4_LAM_SUP) != 0
+            || self.cr4_la57()
+            || read!(self, vcpu.arch.cr4) & CR4_LAM_SUP != 0
             || vmread(GUEST_SS_AR_BYTES) & 3 << 5 != 0;
         if unusual {
             return None;
@@ -91,7 +90,7 @@ impl Vcpu {
             reserved &= !operand::EXECUTE_DISABLE;
         }
         let start = Start {
-            memory: memory.generation()?,
+            memory: self.slots_generation()?,
             cr3: vmread(GUEST_CR3),
             reserved,
         };

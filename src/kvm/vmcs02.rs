@@ -1,15 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 //! VMCS shadowing for L2: what L1 asks for, and the controls of vmcs02 that serve it.
 
-use super::{vcpu::read, vmcs12::field, vmx, Vcpu};
+use super::{controls::SHADOW_VMCS, vcpu::read, vmcs12::field, vmx, Vcpu};
 use crate::bindings;
 
 const SECONDARY_VM_EXEC_CONTROL: u64 = 0x401e;
 const VMCS_LINK_POINTER: u64 = 0x2800;
-/// CPU_BASED_ACTIVATE_SECONDARY_CONTROLS.
-const ACTIVATE_SECONDARY: u64 = 1 << 31;
-/// SECONDARY_EXEC_SHADOW_VMCS.
-const SHADOW_VMCS: u32 = 1 << 14;
 
 /// Guest-physical addresses of the bitmaps that say which VMREADs and VMWRITEs of L2 are L1's.
 #[derive(Clone, Copy)]
@@ -33,8 +29,7 @@ impl Vcpu {
     pub(crate) fn has_l2_shadow(self) -> bool {
         self.vmcs12().is_some_and(|vmcs12| {
             !self.evmcs_is_mapped()
-                && field!(vmcs12, cpu_based_vm_exec_control) & ACTIVATE_SECONDARY != 0
-                && field!(vmcs12, secondary_vm_exec_control) & u64::from(SHADOW_VMCS) != 0
+                && vmcs12.secondary_controls() & SHADOW_VMCS != 0
                 && field!(vmcs12, vmcs_link_pointer) != u64::MAX
         })
     }

@@ -4,7 +4,16 @@
 //!
 //! `nested_get_vmcs12_pages()` pins the first three for as long as L2 runs, and reads the fourth.
 
-use super::{guest_memory::GuestMemory, vcpu::read, vmcs12::field, vmx, Vcpu, Vmcs12};
+use super::{
+    controls::{
+        APIC_REGISTER_VIRT, ENABLE_EPT, POSTED_INTR, TPR_SHADOW, USE_MSR_BITMAPS,
+        VIRTUALIZE_APIC_ACCESSES, VIRTUALIZE_X2APIC, VIRTUAL_INTR_DELIVERY,
+    },
+    guest_memory::GuestMemory,
+    vcpu::read,
+    vmcs12::field,
+    vmx, Vcpu, Vmcs12,
+};
 use crate::{
     bindings,
     hook::CallId,
@@ -19,24 +28,6 @@ const VIRTUAL_APIC_PAGE_ADDR: u64 = 0x2012;
 const APIC_ACCESS_ADDR: u64 = 0x2014;
 const POSTED_INTR_DESC_ADDR: u64 = 0x2016;
 
-/// PIN_BASED_POSTED_INTR.
-const POSTED_INTR: u64 = 1 << 7;
-/// CPU_BASED_TPR_SHADOW.
-const TPR_SHADOW: u64 = 1 << 21;
-/// CPU_BASED_USE_MSR_BITMAPS.
-const USE_MSR_BITMAPS: u32 = 1 << 28;
-/// CPU_BASED_ACTIVATE_SECONDARY_CONTROLS.
-const ACTIVATE_SECONDARY: u64 = 1 << 31;
-/// SECONDARY_EXEC_VIRTUALIZE_APIC_ACCESSES.
-const VIRTUALIZE_APIC_ACCESSES: u64 = 1 << 0;
-/// SECONDARY_EXEC_ENABLE_EPT.
-const ENABLE_EPT: u64 = 1 << 1;
-/// SECONDARY_EXEC_VIRTUALIZE_X2APIC_MODE.
-const VIRTUALIZE_X2APIC: u64 = 1 << 4;
-/// SECONDARY_EXEC_APIC_REGISTER_VIRT.
-const APIC_REGISTER_VIRT: u64 = 1 << 8;
-/// SECONDARY_EXEC_VIRTUAL_INTR_DELIVERY.
-const VIRTUAL_INTR_DELIVERY: u64 = 1 << 9;
 /// EFER.LMA.
 const EFER_LMA: u64 = 1 << 10;
 /// KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS.
@@ -112,21 +103,17 @@ impl Vcpu {
     /// KVM's SRCU lock is held.
     #[inline(always)]
     pub(crate) fn memory_stamp(self) -> Option<Stamp> {
+        let generation = self.slots_generation()?;
         let kvm = read!(self, vcpu.kvm);
-        // SAFETY: A vCPU's VM outlives it, and slots that are in force are not freed under the SRCU lock. The words
-        // change under other locks, so each is read in one go. The compiler keeps the order, and so does the
-        // processor (kvm_mmu_invalidate_end() counts first and then ends).
-        let (generation, in_progress, invalidations) = unsafe {
-            let slots = (&raw const (*kvm).memslots[0])
-                .cast::<*const bindings::kvm_memslots>()
-                .read_volatile();
+        // SAFETY: A vCPU's VM outlives it. The words change under other locks, so each is read in one go. The compiler
+        // keeps the order, and so does the processor (kvm_mmu_invalidate_end() counts first and then ends).
+        let (in_progress, invalidations) = unsafe {
             (
-                (&raw const (*slots).generation).read_volatile(),
                 (&raw const (*kvm).mmu_invalidate_in_progress).read_volatile(),
                 (&raw const (*kvm).mmu_invalidate_seq).read_volatile(),
             )
         };
-        let settled = in_progress == 0 && generation & UPDATE_IN_PROGRESS == 0 && !self.in_smm();
+        let settled = in_progress == 0 && generation & UPDATE_IN_PROGRESS == 0;
         settled.then_some(Stamp {
             generation,
             invalidations,
@@ -148,24 +135,25 @@ impl Vcpu {
     /// Whether nested_get_vmcs12_pages() has nothing to look up for this vmcs12.
     #[inline(always)]
     pub(crate) fn wants_no_page(self, m: Vmcs12) -> bool {
-        const ANY: u64 = TPR_SHADOW | USE_MSR_BITMAPS as u64;
-        let idle = field!(m, cpu_based_vm_exec_control) & ANY == 0
-            && field!(m, pin_based_vm_exec_control) & POSTED_INTR == 0;
-        idle && secondary_controls(m) & VIRTUALIZE_APIC_ACCESSES == 0
+        m.primary_controls() & (TPR_SHADOW | USE_MSR_BITMAPS) == 0
+            && m.pin_controls() & POSTED_INTR == 0
+            && m.secondary_controls() & VIRTUALIZE_APIC_ACCESSES == 0
     }
 
     /// The pages that nested_get_vmcs12_pages() maps for this vmcs12. `None` for what is out of the ordinary.
     #[inline(always)]
     pub(crate) fn wanted_pages(self, m: Vmcs12) -> Option<Wanted> {
-        let primary = field!(m, cpu_based_vm_exec_control);
-        let secondary = secondary_controls(m);
+        let primary = m.primary_controls();
+        let secondary = m.secondary_controls();
         // Else KVM may load PDPTRs from memory first.
         let long = read!(self, vcpu.arch.efer) & EFER_LMA != 0;
         let plain = (long || secondary & ENABLE_EPT != 0)
             && !self.evmcs_is_mapped()
-            && !self.vmcs01_is_loaded();
+            && !self.vmcs01_is_loaded()
+            // Which stock unpins first.
+            && !self.has_pinned_pages();
         plain.then(|| {
-            let virtual_interrupts = field!(m, pin_based_vm_exec_control) & POSTED_INTR != 0;
+            let virtual_interrupts = m.pin_controls() & POSTED_INTR != 0;
             [
                 (secondary & VIRTUALIZE_APIC_ACCESSES != 0).then(|| field!(m, apic_access_addr)),
                 (primary & TPR_SHADOW != 0).then(|| field!(m, virtual_apic_page_addr)),
@@ -300,7 +288,7 @@ impl Vcpu {
         memory: &mut GuestMemory,
         whole: bool,
     ) -> Option<bool> {
-        if field!(m, cpu_based_vm_exec_control) & u64::from(USE_MSR_BITMAPS) == 0 {
+        if m.primary_controls() & USE_MSR_BITMAPS == 0 {
             return Some(false);
         }
         let (bitmap, _) = self.msr_bitmaps()?;
@@ -330,7 +318,7 @@ impl Vcpu {
             let ours = unsafe { vmcs01.add(entry.index).read() };
             f(entry.index, entry.word(page.read_u64(entry.index)?, ours));
         }
-        let secondary = secondary_controls(m);
+        let secondary = m.secondary_controls();
         if secondary & VIRTUALIZE_X2APIC == 0 {
             (0..X2APIC_WORDS).for_each(|n| f(X2APIC_READS + n, u64::MAX));
             f(X2APIC_WRITES, u64::MAX);
@@ -388,16 +376,6 @@ impl Vcpu {
     }
 }
 
-/// The secondary controls in force.
-#[inline(always)]
-fn secondary_controls(m: Vmcs12) -> u64 {
-    if field!(m, cpu_based_vm_exec_control) & ACTIVATE_SECONDARY != 0 {
-        field!(m, secondary_vm_exec_control)
-    } else {
-        0
-    }
-}
-
 /// The words of an MSR bitmap that are not always all ones, each with its number.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct MsrBitmap([(usize, u64); MERGED_WORDS + X2APIC_WORDS + 1]);
@@ -405,7 +383,7 @@ pub(crate) struct MsrBitmap([(usize, u64); MERGED_WORDS + X2APIC_WORDS + 1]);
 impl MsrBitmap {
     /// What `merge_msr_bitmap` would write now; `None` if it would write nothing.
     pub(crate) fn merge(vcpu: Vcpu, m: Vmcs12, memory: &mut GuestMemory) -> Option<Self> {
-        if field!(m, cpu_based_vm_exec_control) & u64::from(USE_MSR_BITMAPS) == 0 {
+        if m.primary_controls() & USE_MSR_BITMAPS == 0 {
             return None;
         }
         let mut words = [(0, 0); MERGED_WORDS + X2APIC_WORDS + 1];

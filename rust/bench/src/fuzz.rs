@@ -86,6 +86,8 @@ struct Run<'a> {
     /// Programs whose sums differ.
     differs: Vec<Difference>,
     mismatches: u64,
+    /// What a program says cannot be, whatever others say.
+    failed: Vec<String>,
     errors: Vec<String>,
     done: u64,
     started: Instant,
@@ -116,6 +118,7 @@ impl<'a> Run<'a> {
             last: BTreeMap::new(),
             differs: Vec::new(),
             mismatches: 0,
+            failed: Vec::new(),
             errors: Vec::new(),
             done: 0,
             started: Instant::now(),
@@ -178,7 +181,10 @@ impl Handler for Run<'_> {
                 self.compare(batch);
             }
         }
-        let stop = self.differs.len() == MOST || self.mismatches > 0 || !self.errors.is_empty();
+        let stop = self.differs.len() == MOST
+            || self.failed.len() == MOST
+            || self.mismatches > 0
+            || !self.errors.is_empty();
         let Some((batch, way)) = self.rounds.pop_front().filter(|_| !stop) else {
             return Command::End.encode();
         };
@@ -207,6 +213,9 @@ impl Handler for Run<'_> {
     fn console_line(&mut self, level: u32, line: &str) {
         match (Line::parse(line), self.at) {
             (Line::Test(text), Some((_, way))) if level == self.level => {
+                if text.contains(": FAIL: ") && self.failed.len() < MOST {
+                    self.failed.push(format!("{}: {text}", way.name()));
+                }
                 self.logs.entry(way).or_default().push(text.to_owned());
             }
             (Line::Error(what), _) => self.errors.push(what.to_owned()),
@@ -300,13 +309,17 @@ pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
         );
         return Ok(Code::Failed);
     }
+    for line in &all.failed {
+        println!("{line}");
+    }
     println!(
-        "fuzz: seed {}, programs {} to {} in {} ways, {} differ",
+        "fuzz: seed {}, programs {} to {} in {} ways, {} differ, {} failed",
         args.seed,
         args.first,
         args.first + all.done.max(1) - 1,
         ways.len(),
-        all.differs.len()
+        all.differs.len(),
+        all.failed.len()
     );
     for found in &all.differs {
         println!("{} differs from {}:", found.way.name(), ways[0].name());
@@ -316,12 +329,11 @@ pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
             explain(args, [ways[0], found.way], first, program)?;
         }
     }
-    Ok(
-        match all.differs.is_empty() && all.errors.is_empty() && all.done > 0 {
-            true => Code::Ok,
-            false => Code::Failed,
-        },
-    )
+    let good = all.differs.is_empty() && all.failed.is_empty() && all.errors.is_empty();
+    Ok(match good && all.done > 0 {
+        true => Code::Ok,
+        false => Code::Failed,
+    })
 }
 
 /// The program's number in a line of its.

@@ -5,6 +5,7 @@
 //! answer.
 
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
@@ -18,7 +19,7 @@ use crate::{Error, Result};
 
 /// What the names begin with; the number of the process follows.
 const NAME: &str = "matryoshka-";
-/// How long to wait for a request to be said.
+/// How long to wait for a request to be said, and for an answer to be taken.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// The longest request.
 const LINE_MAX: u64 = 16 << 10;
@@ -123,11 +124,17 @@ fn peer(stream: &UnixStream) -> Option<libc::uid_t> {
     (r == 0).then_some(who.uid)
 }
 
+/// Whoever asked may have gone, or stopped reading: then they are told no more, and the request stands.
 fn answer(stream: &mut UnixStream, what: &Answer) {
-    if let Ok(mut line) = serde_json::to_vec(what) {
-        line.push(b'\n');
-        // Whoever asked may have gone; the request stands.
-        let _ = stream.write_all(&line);
+    let Ok(mut line) = serde_json::to_vec(what) else {
+        return;
+    };
+    line.push(b'\n');
+    let said = stream
+        .set_write_timeout(Some(PATIENCE))
+        .and_then(|()| stream.write_all(&line));
+    if said.is_err() {
+        let _ = stream.shutdown(Shutdown::Both);
     }
 }
 

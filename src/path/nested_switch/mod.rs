@@ -84,6 +84,7 @@ enum Reason {
 /// Reads what the path needs to know about kvm_intel, each time it has been loaded.
 pub(crate) fn prepare() {
     host_state::prepare();
+    pages::prepare();
 }
 
 /// The test knob, a `Rate` as one word; 0, the default, is off.

@@ -20,6 +20,7 @@ use crate::{
         vmcs12_pages::{HostMap, MsrBitmap, Stamp, Use, Wanted, USES},
         Vcpu, Vmcs12,
     },
+    layout,
     path::{CounterSet, Counters, Local},
     policy::mode::Mode,
     state,
@@ -28,6 +29,22 @@ use core::sync::atomic::{AtomicBool, Ordering};
 use kernel::prelude::*;
 
 const HOOK: HookId = HookId::GET_PAGES;
+/// kvm_intel lets guests have performance counters of the processor's (`enable_mediated_pmu`). Then
+/// nested_vmx_merge_pmu_msr_bitmaps() opens MSRs that are closed here.
+static MEDIATED_PMU: AtomicBool = AtomicBool::new(false);
+
+/// Reads what this needs to know about kvm_intel, each time it has been loaded.
+pub(super) fn prepare() {
+    let mediated = layout::module_flag("kvm_intel", "enable_mediated_pmu");
+    MEDIATED_PMU.store(mediated, Ordering::Relaxed);
+}
+
+/// Whether L1's bitmap of MSRs is merged as it is here.
+#[inline(always)]
+fn merges_alike() -> bool {
+    !MEDIATED_PMU.load(Ordering::Relaxed)
+}
+
 /// Most pages that one vCPU keeps.
 const SLOTS: usize = 8;
 
@@ -212,6 +229,9 @@ fn publish(memory: &Memory, counters: &CounterSet) {
 fn plan(vcpu: Vcpu, m: Vmcs12, memory: &mut Memory) -> Result<([u8; USES.len()], Wanted), Reason> {
     // KVM has unpinned what it was lent and not asked for again.
     memory.lent = [NOWHERE; USES.len()];
+    if !merges_alike() {
+        return Err(Reason::Unusual);
+    }
     let wanted = vcpu.wanted_pages(m).ok_or(Reason::Unusual)?;
     let stamp = vcpu.memory_stamp().ok_or(Reason::Unusual)?;
     if memory.stamp != Some(stamp) {
@@ -314,7 +334,7 @@ fn get_slowly(
     // SAFETY: KVM calls the function under its SRCU lock.
     let guest = || unsafe { GuestMemory::new(vcpu) };
     // For an enlightened VMCS that says so the stock code leaves the bitmap as it is, whatever L1 has made of its own.
-    let comparing = checking && !vcpu.evmcs_is_mapped();
+    let comparing = checking && merges_alike() && !vcpu.evmcs_is_mapped();
     let before = comparing.then(|| MsrBitmap::merge(vcpu, m, &mut guest()));
     // SAFETY: This handler's continuation and the hooked function's own argument.
     let ret = unsafe { section.call_stock(cont, [vcpu.key(), 0, 0]) };
