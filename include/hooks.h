@@ -42,7 +42,9 @@
 	HOOK(get_pages, kvm_intel, nested_get_vmcs12_pages, 1)		\
 	HOOK(recalc_intercepts, kvm_intel, vmx_recalc_intercepts, 1)	\
 	HOOK(set_msr, kvm_intel, vmx_set_msr, 2)			\
-	HOOK(vcpu_run, kvm_intel, vmx_vcpu_run, 2)
+	HOOK(vcpu_run, kvm_intel, vmx_vcpu_run, 2)			\
+	HOOK(has_interrupt, kvm, kvm_apic_has_interrupt, 1)		\
+	HOOK(sync_pir, kvm_intel, vmx_sync_pir_to_irr, 1)
 
 /*
  * KVM functions that Matryoshka calls: CALL(id, module, symbol, nargs), with the same checks, up to 5

@@ -40,7 +40,7 @@ static EXPECTED: &[Expected] = &expect! {
     }
     vmx_uret_msr { load_into_hardware }
     vmx_msrs { nr }
-    vcpu_vt { exit_reason, emulation_required }
+    vcpu_vt { pi_desc, exit_reason, emulation_required }
     nested_vmx {
         current_vmptr, cached_vmcs12, need_vmcs12_to_shadow_sync, dirty_vmcs12,
         need_sync_vmcs02_to_vmcs12_rare, vmcs02, msrs, vmxon, vmxon_ptr, posted_intr_nv,
@@ -60,9 +60,11 @@ static EXPECTED: &[Expected] = &expect! {
         regs, regs_avail, cr0, cr4, efer, hflags, mmu, guest_mmu, nested_run_pending,
         reserved_gpa_bits, mmu_pte_list_desc_cache, root_mmu, regs_dirty, rip, cr0_guest_owned_bits, cr3,
         cr4_guest_owned_bits, host_debugctl, cpu_caps, cpuid_dynamic_bits_dirty, pat,
-        switch_db_regs, dr7, #[cfg(MTK_GVA_WALK)] gva_walk,
+        switch_db_regs, dr7, apic, apic_base, #[cfg(MTK_GVA_WALK)] gva_walk,
         #[cfg(not(MTK_GVA_WALK))] nested_mmu, #[cfg(not(MTK_GVA_WALK))] walk_mmu,
     }
+    kvm_lapic { apicv_active, guest_apic_protected, highest_isr_cache, regs }
+    pi_desc { pir, rsvd }
     kvm_mmu {
         root_role, root, prev_roots, page_fault, sync_spte, #[cfg(MTK_GVA_WALK)] fmt,
         #[cfg(not(MTK_GVA_WALK))] get_guest_pgd, #[cfg(not(MTK_GVA_WALK))] cpu_role,

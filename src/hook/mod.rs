@@ -188,6 +188,8 @@ hook_ids! {
     RECALC_INTERCEPTS = mtk_hook_id_MTK_HOOK_recalc_intercepts;
     SET_MSR = mtk_hook_id_MTK_HOOK_set_msr;
     VCPU_RUN = mtk_hook_id_MTK_HOOK_vcpu_run;
+    HAS_INTERRUPT = mtk_hook_id_MTK_HOOK_has_interrupt;
+    SYNC_PIR = mtk_hook_id_MTK_HOOK_sync_pir;
 }
 
 impl HookId {

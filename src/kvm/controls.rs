@@ -48,4 +48,10 @@ impl Vmcs12 {
             0
         }
     }
+
+    /// `nested_cpu_has_shadow_vmcs()`.
+    #[inline(always)]
+    pub(crate) fn has_shadow_vmcs(self) -> bool {
+        self.secondary_controls() & SHADOW_VMCS != 0
+    }
 }

@@ -7,6 +7,7 @@ pub(crate) mod ept02;
 pub(crate) mod fields;
 pub(crate) mod guest_memory;
 pub(crate) mod host_state;
+pub(crate) mod lapic;
 pub(crate) mod mmu;
 pub(crate) mod nested;
 pub(crate) mod shadow_mmu;

@@ -25,11 +25,11 @@ impl Vcpu {
         })
     }
 
-    /// `nested_cpu_has_shadow_vmcs()`, and there is a shadow VMCS.
+    /// L1 turned VMCS shadowing on for L2, and there is a shadow VMCS.
     pub(crate) fn has_l2_shadow(self) -> bool {
         self.vmcs12().is_some_and(|vmcs12| {
             !self.evmcs_is_mapped()
-                && vmcs12.secondary_controls() & SHADOW_VMCS != 0
+                && vmcs12.has_shadow_vmcs()
                 && field!(vmcs12, vmcs_link_pointer) != u64::MAX
         })
     }

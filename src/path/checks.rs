@@ -17,7 +17,12 @@ use super::Path;
 use crate::{
     bindings,
     hook::{Continuation, HookId, InFlight, Verdict},
-    kvm::{vmcs12::field, Vcpu, Vmcs12},
+    kvm::{
+        guest_memory::{GuestMemory, Window},
+        nested::Header,
+        vmcs12::field,
+        Vcpu, Vmcs12,
+    },
     layout,
     policy::{
         mode::Mode,
@@ -92,6 +97,11 @@ trait Inputs: Copy + Default {
     fn capture(vcpu: Vcpu, vmcs12: Vmcs12) -> Option<Self>;
     /// Whether the inputs are now what they were.
     fn unchanged(&self, vcpu: Vcpu, vmcs12: Vmcs12) -> bool;
+    /// What the check reads in the guest's memory, which may change at any time, is good now. May sleep.
+    #[inline(always)]
+    fn memory_is_good(_vcpu: Vcpu, _vmcs12: Vmcs12, _link: &mut Link) -> bool {
+        true
+    }
     /// Prints them for a report.
     fn report(&self);
 }
@@ -100,7 +110,7 @@ trait Inputs: Copy + Default {
 macro_rules! inputs {
     (
         $(#[$doc:meta])*
-        $name:ident in $slot:ident, $hook:expr, usual $usual:expr,
+        $name:ident in $slot:ident, $hook:expr, usual $usual:expr, $(memory $memory:expr,)?
         { $($field:ident),* $(,)? ; $($extra:ident),* }
     ) => {
         $(#[$doc])*
@@ -134,6 +144,14 @@ macro_rules! inputs {
                 true $(&& field!(vmcs12, $field) == self.$field)*
                     $(&& u64::from(vcpu.$extra()) == self.$extra)*
             }
+
+            $(
+                #[inline(always)]
+                fn memory_is_good(vcpu: Vcpu, vmcs12: Vmcs12, link: &mut Link) -> bool {
+                    let good: fn(Vcpu, Vmcs12, &mut Link) -> bool = $memory;
+                    good(vcpu, vmcs12, link)
+                }
+            )?
 
             fn report(&self) {
                 $(pr_warn!("  {} = {:#x}\n", stringify!($field), self.$field);)*
@@ -191,10 +209,12 @@ inputs! {
 inputs! {
     /// Inputs of nested_vmx_check_guest_state().
     ///
-    /// With a link pointer the check reads the guest's memory, and a debugctl with unknown bits may
-    /// print: both are left to the stock code.
+    /// A debugctl with unknown bits may print, and is left to the stock code.
     GuestState in guest_state, HookId::CHECK_GUEST_STATE,
-    usual |now, _vcpu| now.vmcs_link_pointer == NO_LINK && now.guest_ia32_debugctl == 0,
+    usual |now, _vcpu| now.guest_ia32_debugctl == 0,
+    memory |vcpu, vmcs12, link| {
+        field!(vmcs12, vmcs_link_pointer) == NO_LINK || link.is_good(vcpu, vmcs12)
+    },
     {
         vm_entry_controls, secondary_vm_exec_control, guest_cr0, guest_cr4,
         guest_ia32_debugctl, guest_dr7, guest_ia32_pat, vmcs_link_pointer,
@@ -227,15 +247,48 @@ impl Default for Remembered {
     }
 }
 
+/// The memory slot that the VMCS link pointer led to last, and the generation of the slots.
+struct Link(Option<(u64, Window)>);
+
+impl Link {
+    /// Whether the header of the shadow VMCS that the link pointer names is what nested_vmx_check_vmcs_link_ptr() wants. May
+    /// sleep.
+    #[inline(never)]
+    fn is_good(&mut self, vcpu: Vcpu, vmcs12: Vmcs12) -> bool {
+        let _section = InFlight::enter(HookId::CHECK_GUEST_STATE);
+        let Some(generation) = vcpu.slots_generation() else {
+            return false;
+        };
+        let known = self.0.filter(|&(was, _)| was == generation);
+        let window = known.map_or(Window::EMPTY, |(_, window)| window);
+        // SAFETY: In a handler of KVM's check, under its SRCU lock on the vCPU's thread; the window is of these slots.
+        let mut memory = unsafe { GuestMemory::with_slot(vcpu, window) };
+        let header = memory.read_u64(field!(vmcs12, vmcs_link_pointer));
+        self.0 = Some((generation, memory.slot()));
+        header
+            .map(|header| Header(header as u32))
+            .is_some_and(|header| {
+                header.is_ours() && header.is_shadow() == vmcs12.has_shadow_vmcs()
+            })
+    }
+}
+
 /// What is remembered for one vCPU.
-pub(crate) struct Memory(Ways<Remembered, WAYS>);
+pub(crate) struct Memory {
+    ways: Ways<Remembered, WAYS>,
+    link: Link,
+}
 
 impl Memory {
-    pub(crate) const NEW: Memory = Memory(Ways::new([const { Remembered::NEW }; WAYS]));
+    pub(crate) const NEW: Memory = Memory {
+        ways: Ways::new([const { Remembered::NEW }; WAYS]),
+        link: Link(None),
+    };
 
     /// Forgets everything.
     pub(crate) fn clear(&mut self) {
-        self.0.clear();
+        self.ways.clear();
+        self.link = Link(None);
     }
 }
 
@@ -254,10 +307,11 @@ fn first_report(which: HookId) -> bool {
 fn check<I: Inputs>(vcpu: Vcpu, vmcs12: Vmcs12, third: usize, cont: Continuation) -> Verdict {
     if super::mode(NUMBER) == Mode::On && !I::HOOK.livepatched() {
         let hit = state::with(vcpu, |local, counters| {
-            let known = local.checks.0.get(vcpu.current_vmptr())?;
-            I::slot(known)
+            let Memory { ways, link } = &mut local.checks;
+            I::slot(ways.get(vcpu.current_vmptr())?)
                 .as_ref()
                 .filter(|was| was.unchanged(vcpu, vmcs12))?;
+            I::memory_is_good(vcpu, vmcs12, link).then_some(())?;
             counters.path::<NUMBER>().taken.bump();
             Some(())
         });
@@ -294,8 +348,10 @@ fn check_slowly<I: Inputs>(
     let key = vcpu.current_vmptr();
     state::with(vcpu, |local, counters| {
         let counters = counters.path::<NUMBER>();
-        let was = local.checks.0.get(key).and_then(|known| *I::slot(known));
-        let predicted = was.filter(|was| was.unchanged(vcpu, vmcs12));
+        let Memory { ways, link } = &mut local.checks;
+        let was = ways.get(key).and_then(|known| *I::slot(known));
+        let predicted =
+            was.filter(|was| was.unchanged(vcpu, vmcs12) && I::memory_is_good(vcpu, vmcs12, link));
         if let Some(inputs) = predicted {
             // In mode `on` this is a call that raced with the mode's change; compare it as well.
             counters.checked.bump();
@@ -319,7 +375,7 @@ fn check_slowly<I: Inputs>(
             };
             counters.fall_back(reason as usize);
         }
-        if let Some(known) = local.checks.0.get_or_insert(key) {
+        if let Some(known) = ways.get_or_insert(key) {
             *I::slot(known) = now.filter(|_| ret == 0);
         }
     });
@@ -386,7 +442,7 @@ extern "C" fn mtk_on_guest_state_valid(
     }
     if mode == Mode::On {
         let hit = state::with(v, |local, counters| {
-            let known = local.checks.0.get(v.current_vmptr())?;
+            let known = local.checks.ways.get(v.current_vmptr())?;
             known.segments.as_ref().filter(|was| v.segments_are(was))?;
             counters.path::<NUMBER>().taken.bump();
             Some(())
@@ -418,7 +474,7 @@ fn valid_slowly(
     let key = vcpu.current_vmptr();
     let counted = state::with(vcpu, |local, counters| {
         let counters = counters.path::<NUMBER>();
-        let known = local.checks.0.get(key);
+        let known = local.checks.ways.get(key);
         let same = known
             .and_then(|known| known.segments.as_ref())
             .map(|was| was.same(&now));
@@ -442,7 +498,7 @@ fn valid_slowly(
             };
             counters.fall_back(reason as usize);
         }
-        if let Some(known) = local.checks.0.get_or_insert(key) {
+        if let Some(known) = local.checks.ways.get_or_insert(key) {
             known.segments = ret.then_some(now);
         }
     });

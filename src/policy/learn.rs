@@ -219,6 +219,13 @@ impl Learner {
         }
     }
 
+    /// Starts with `fields` learned; none of them has been proven yet.
+    pub const fn with(config: Config, fields: Set) -> Self {
+        let mut learner = Self::new(config);
+        learner.learned = fields;
+        learner
+    }
+
     /// The fields to shadow now.
     pub fn learned(&self) -> &Set {
         &self.learned
@@ -602,6 +609,17 @@ mod tests {
         run(&mut learner, &[1, 2, 3], 10);
         run(&mut learner, &[3], 3 * LONG);
         assert_eq!(fields_of(&learner), [3]);
+    }
+
+    #[test]
+    fn of_a_set_to_begin_with_what_is_in_use_stays() {
+        let mut all = Set::EMPTY;
+        (0..40).for_each(|field| all.insert(field));
+        let mut learner = Learner::with(Config::new(u8::MAX), all);
+        assert_eq!(run(&mut learner, &[3, 30, 39], 2 * WINDOW - 1), 0);
+        let exits = run(&mut learner, &[3, 30, 39], 3 * LONG);
+        assert_eq!(fields_of(&learner), [3, 30, 39]);
+        assert!(exits <= 3 * LONG / 16, "{exits}");
     }
 
     #[test]

@@ -7,7 +7,11 @@ use super::{
 };
 use crate::{
     alloc,
-    kvm::{fields::FIELDS, vmx, Vcpu},
+    kvm::{
+        fields::{Class, FIELDS},
+        vmx, Vcpu,
+    },
+    policy::set::Set,
 };
 use kernel::{new_spinlock, prelude::*, sync::SpinLock};
 use pin_init::{init_from_closure, Init};
@@ -21,7 +25,11 @@ pub(super) struct Extension {
     /// Addresses of the stock bitmaps, to go back to.
     pub(super) stock_vmread: u64,
     pub(super) stock_vmwrite: u64,
-    /// Fields that the stock code shadows, for writing too and for reading only.
+    /// Fields that the stock code shadows and that may be left out, for it makes no difference to L1.
+    pub(super) optional: Set,
+    /// Those that are left out now.
+    pub(super) left_out: Set,
+    /// Fields of the stock list that are in the shadow VMCS now, for writing too and for reading only.
     pub(super) stock_rw: List<STOCK>,
     pub(super) stock_ro: List<STOCK>,
     /// Learned fields that are in the shadow VMCS now.
@@ -85,6 +93,8 @@ impl Extension {
                 vmwrite <- copy_of(stock_vmwrite),
                 stock_vmread,
                 stock_vmwrite,
+                optional: Set::EMPTY,
+                left_out: Set::EMPTY,
                 stock_rw: List::EMPTY,
                 stock_ro: List::EMPTY,
                 learned: List::EMPTY,
@@ -107,6 +117,9 @@ impl Extension {
             }
             if !this.vmread.has(field) {
                 reads += bits;
+                if matches!(field.class, Class::Plain | Class::ExitInformation) {
+                    this.optional.insert(number);
+                }
             }
         }
         let explained = this.vmread.clear_bits() == reads && this.vmwrite.clear_bits() == writes;

@@ -31,11 +31,6 @@ impl Bitmap {
         }
     }
 
-    /// Makes the bits of `field` what they are in `other`.
-    pub(in crate::path) fn copy(&mut self, field: &Field, other: &Bitmap) {
-        self.set(field, other.has(field));
-    }
-
     pub(in crate::path) fn has(&self, field: &Field) -> bool {
         let word = self
             .0

@@ -4,8 +4,8 @@
 use super::{
     extension::{drops_reserved, Extension},
     knobs,
-    lists::{for_each_width, Bitmap, Entry},
-    BUDGET,
+    lists::{for_each_width, Bitmap, Entry, List},
+    BUDGET, STOCK,
 };
 use crate::{
     kvm::{
@@ -60,6 +60,8 @@ impl Shared {
 /// What is kept for one vCPU.
 pub(crate) struct Memory {
     pub(super) learner: Learner,
+    /// The same for the stock list: which of its fields L1 uses.
+    pub(super) stock: Learner,
     /// Which of the administrator's rules the learner has; 0 if others may be due.
     rules: u32,
     /// Fields that KVM was found to know.
@@ -80,6 +82,7 @@ pub(crate) struct Memory {
 impl Memory {
     pub(crate) const NEW: Memory = Memory {
         learner: Learner::new(Config::new(BUDGET)),
+        stock: Learner::new(Config::new(u8::MAX)),
         rules: 0,
         known: Set::EMPTY,
         extension: None,
@@ -119,6 +122,30 @@ impl Memory {
         knows
     }
 
+    /// Takes an extension that `Extension::new` has just made.
+    pub(super) fn adopt(&mut self, extension: Option<Pin<KBox<Extension>>>) {
+        self.unfit = extension.is_none();
+        if let Some(ext) = &extension {
+            self.stock = Learner::with(Config::new(u8::MAX), ext.optional);
+            self.rules = 0;
+        }
+        self.extension = extension;
+        self.stale = true;
+    }
+
+    /// Whether the stock code shadows a field that exits here.
+    pub(super) fn is_left_out(&self, number: Number) -> bool {
+        self.extension
+            .as_ref()
+            .is_some_and(|ext| ext.left_out.has(number))
+    }
+
+    /// L1 has entered its guest and come back.
+    #[inline(always)]
+    pub(super) fn switched(&mut self) {
+        self.stale |= self.learner.switched() | self.stock.switched();
+    }
+
     /// What follows from the vCPU's configuration must be found out anew.
     pub(crate) fn reconsider(&mut self) {
         self.rules = 0;
@@ -145,6 +172,15 @@ impl Memory {
             }
         }
         self.stale |= self.learner.configure(config);
+        if let Some(ext) = &self.extension {
+            let stock = Config {
+                budget: u8::MAX,
+                pinned: config.pinned.and(&ext.optional),
+                forbidden: Set::EMPTY,
+                ..config
+            };
+            self.stale |= self.stock.configure(stock);
+        }
     }
 
     /// Whether vmcs12 has what L1 writes to learned fields, as in mode `check`.
@@ -331,29 +367,67 @@ impl Memory {
         // SAFETY: KVM's own bitmaps, as in `copy_of`.
         let (stock_vmread, stock_vmwrite) =
             unsafe { (&*stock(ext.stock_vmread), &*stock(ext.stock_vmwrite)) };
-        for e in Iterator::chain(
-            Iterator::chain(ext.learned.of::<0>().iter(), ext.learned.of::<1>()),
-            ext.learned.of::<2>(),
-        ) {
-            if let Some(field) = FIELDS.get(e.number as usize) {
-                ext.vmread.copy(field, stock_vmread);
-                ext.vmwrite.copy(field, stock_vmwrite);
-            }
-        }
         ext.learned.clear();
+        ext.stock_rw.clear();
+        ext.stock_ro.clear();
         ext.late = false;
+        // In mode `check` L1's accesses go where the stock code has them go.
+        ext.left_out = if check {
+            Set::EMPTY
+        } else {
+            ext.optional.without(self.stock.learned())
+        };
         for (number, field) in (0..).zip(FIELDS) {
-            if self.learner.learned().has(number) && ext.learned.push(number, field) {
-                ext.late |= field.class.is_late();
-                // In mode `check` L1's accesses go where the stock code has them go.
-                if !check {
-                    ext.vmread.set(field, false);
-                    ext.vmwrite.set(field, false);
-                }
+            let reads = !stock_vmread.has(field);
+            let writes = !stock_vmwrite.has(field);
+            let left_out = ext.left_out.has(number);
+            if writes && !left_out {
+                ext.stock_rw.push(number, field);
+            } else if reads && !left_out {
+                ext.stock_ro.push(number, field);
             }
+            let learned = self.learner.learned().has(number) && ext.learned.push(number, field);
+            ext.late |= learned && field.class.is_late();
+            let served = learned && !check;
+            ext.vmread.set(field, !served && (left_out || !reads));
+            ext.vmwrite.set(field, !served && (left_out || !writes));
         }
         self.stale = false;
         self.checking = check;
+    }
+
+    /// Puts into the shadow VMCS what was left out, for another who copies the whole stock list from it.
+    ///
+    /// # Safety
+    ///
+    /// As for `save`, after it and with preemption on.
+    #[cold]
+    #[allow(clippy::useless_conversion, reason = "one text for three widths")]
+    pub(super) unsafe fn complete(&mut self, pages: Pages, vcpu: Vcpu) {
+        let Some(ext) = self.extension.as_ref() else {
+            return;
+        };
+        let mut list = List::<STOCK>::EMPTY;
+        for (number, field) in (0..).zip(FIELDS) {
+            if ext.left_out.has(number) {
+                list.push(number, field);
+            }
+        }
+        let base = pages.vmcs12.cast::<u8>();
+        let guard = ext.quiet.lock();
+        // SAFETY: As in `save`.
+        unsafe {
+            let shadow = vmx::physical(pages.shadow.cast());
+            if vmx::load_shadow(shadow) {
+                for_each_width!(list, |e: Word| {
+                    let value = base.add(e.offset as usize).cast::<Word>().read_unaligned();
+                    vmx::vmwrite(u64::from(e.encoding), u64::from(value));
+                });
+                vmx::vmclear(shadow);
+            }
+            vmx::vmptrld(vcpu.loaded_vmcs());
+        }
+        drop(guard);
     }
 
     /// Brings vmcs12 up to date, so that the next entry of L1 copies it to the shadow VMCS.

@@ -144,12 +144,17 @@ extern "C" fn mtk_on_copy_shadow(vmx: *mut bindings::vcpu_vmx, _cont: Continuati
         let pages = vcpu.pages().filter(|_| extended)?;
         let count = counters.path::<NUMBER>();
         // SAFETY: KVM is about to do the same, at the same place.
-        unsafe { memory.save_quietly(vcpu, pages, count) };
+        unsafe {
+            memory.save_quietly(vcpu, pages, count);
+            if HookId::COPY_SHADOW.livepatched() {
+                memory.complete(pages, vcpu);
+            }
+        }
         count.taken.bump();
         Some(())
     });
     match handled {
-        // A livepatch must run as well; what it copies is in vmcs12 already.
+        // A livepatch must run as well; what it copies is the same as in vmcs12.
         Some(Some(())) if HookId::COPY_SHADOW.livepatched() => {}
         Some(Some(())) => return Verdict::handled(0),
         _ if mode != Mode::Off && vcpu.vmcs01_is_loaded() => make_room(vcpu, HookId::COPY_SHADOW),
@@ -181,7 +186,7 @@ extern "C" fn mtk_on_sync_shadow(vcpu: *mut bindings::kvm_vcpu, _cont: Continuat
             return None;
         }
         memory.obey(vcpu);
-        memory.stale |= memory.learner.switched();
+        memory.switched();
         if memory.must_rebuild(mode == Mode::Check) {
             // SAFETY: L1 is about to run here, so the vCPU is loaded by this task.
             unsafe { local.regions.settle(vcpu, memory, count) };
@@ -214,9 +219,7 @@ fn make_room(vcpu: Vcpu, hook: HookId) {
             _ => match Extension::new(vcpu) {
                 Ok(extension) => {
                     state::with(vcpu, |local, _| {
-                        local.fields.unfit = extension.is_none();
-                        local.fields.extension = extension;
-                        local.fields.stale = true;
+                        local.fields.adopt(extension);
                     });
                     true
                 }
@@ -285,7 +288,8 @@ fn accessed(raw: *mut bindings::kvm_vcpu, write: bool, cont: Continuation) -> Ve
         let Some(class) = FIELDS.get(number as usize).map(|f| f.class) else {
             return true;
         };
-        if !memory.may_shadow(vcpu, class) {
+        let left_out = memory.is_left_out(number);
+        if !left_out && !memory.may_shadow(vcpu, class) {
             count.fall_back(Reason::Never as usize);
             return memory.unfit || memory.extension.is_some();
         }
@@ -293,10 +297,12 @@ fn accessed(raw: *mut bindings::kvm_vcpu, write: bool, cont: Continuation) -> Ve
             memory.written.insert(number);
         }
         count.fall_back(Reason::Learning as usize);
-        if !memory.knows(number) {
-            return true;
-        }
-        if memory.learner.touched(number, class.is_late()) {
+        let joined = if left_out {
+            memory.stock.touched(number, false)
+        } else {
+            memory.knows(number) && memory.learner.touched(number, class.is_late())
+        };
+        if joined {
             memory.stale = true;
             // Without an extension the shadow VMCS has what the stock code put there, and the copy
             // that makes vmcs12 newer is the stock code's to make: wait for the next switch.

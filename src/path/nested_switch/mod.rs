@@ -10,11 +10,13 @@
 //! - [`efer`]: vmx_set_efer(), EFER and the MSRs that are loaded with the guest;
 //! - [`host_state`]: load_vmcs12_host_state(), what L1 finds after an exit of L2;
 //! - [`pages`]: nested_get_vmcs12_pages(), the guest pages that a vmcs12 names;
+//! - [`interrupts`]: kvm_apic_has_interrupt() and vmx_sync_pir_to_irr(), whether an interrupt waits;
 //! - [`debugctl`]: L1's reads of IA32_DEBUGCTL.
 
 pub(crate) mod debugctl;
 mod efer;
 mod host_state;
+mod interrupts;
 mod mmu;
 pub(crate) mod pages;
 
@@ -49,6 +51,8 @@ pub(super) const PATH: Path = Path {
         HookId::RECALC_INTERCEPTS,
         HookId::SET_MSR,
         HookId::VCPU_RUN,
+        HookId::HAS_INTERRUPT,
+        HookId::SYNC_PIR,
     ],
     calls: &[
         CallId::NEW_PGD,
