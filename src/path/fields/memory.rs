@@ -173,9 +173,14 @@ impl Memory {
         }
         self.stale |= self.learner.configure(config);
         if let Some(ext) = &self.extension {
+            // Without a budget the path does nothing.
+            let always = match config.budget {
+                0 => ext.optional,
+                _ => config.pinned.and(&ext.optional),
+            };
             let stock = Config {
                 budget: u8::MAX,
-                pinned: config.pinned.and(&ext.optional),
+                pinned: always,
                 forbidden: Set::EMPTY,
                 ..config
             };

@@ -17,6 +17,7 @@ pub mod fuzz;
 mod guest_state;
 mod host_state;
 mod instructions;
+mod interrupts;
 mod launches;
 mod links;
 mod model;
@@ -68,6 +69,10 @@ const GROUPS: &[Group] = &[
     Group {
         name: "events",
         run: |_| events::run(),
+    },
+    Group {
+        name: "interrupts",
+        run: interrupts::run,
     },
     Group {
         name: "memory",
