@@ -9,7 +9,7 @@
  * module  the module whose BTF and symbol table describe the function;
  * symbol  the function's name in the kernel's source. A compiler suffix (.isra.0, .constprop.0)
  *         may have changed its arguments, so only the plain name is accepted;
- * nargs   how many arguments it takes (1 to 3). It is compared with the prototype in the running
+ * nargs   how many arguments it takes (1 to 4). It is compared with the prototype in the running
  *         kernel's BTF before the function is touched.
  *
  * The trampolines (src/hook/trampoline.S) and the engine (src/hook/) expand this same list.

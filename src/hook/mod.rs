@@ -316,10 +316,16 @@ impl InFlight {
     ///
     /// `cont` is the continuation that the trampoline of this hook passed to the running handler,
     /// and `args` are arguments that the stock function may be called with.
-    pub(crate) unsafe fn call_stock(&self, cont: Continuation, args: [usize; 3]) -> usize {
+    pub(crate) unsafe fn call_stock<const N: usize>(
+        &self,
+        cont: Continuation,
+        args: [usize; N],
+    ) -> usize {
+        const { assert!(N <= 4) };
+        let arg = |n: usize| args.get(n).copied().unwrap_or(0);
         // SAFETY: By this function's contract. Unused argument registers are caller-saved, so
         // passing more than the function takes is harmless.
-        unsafe { bindings::mtk_call_stock(cont.0, args[0], args[1], args[2], 0, 0) }
+        unsafe { bindings::mtk_call_stock(cont.0, arg(0), arg(1), arg(2), arg(3), 0) }
     }
 }
 

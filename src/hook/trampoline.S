@@ -28,12 +28,17 @@ SYM_FUNC_START(mtk_tramp_\id)
 	.if \nargs > 2
 	push	%rdx
 	.endif
+	.if \nargs > 3
+	push	%rcx
+	.endif
 	.if \nargs == 1
 	mov	8(%rsp), %rsi
 	.elseif \nargs == 2
 	mov	16(%rsp), %rdx
-	.else
+	.elseif \nargs == 3
 	mov	24(%rsp), %rcx
+	.else
+	mov	32(%rsp), %r8
 	.endif
 	call	mtk_on_\id
 	test	%eax, %eax
@@ -43,6 +48,9 @@ SYM_FUNC_START(mtk_tramp_\id)
 	UNWIND_HINT_FUNC
 	RET
 .Lstock_\id:
+	.if \nargs > 3
+	pop	%rcx
+	.endif
 	.if \nargs > 2
 	pop	%rdx
 	.endif
