@@ -13,6 +13,7 @@ pub mod masks;
 pub mod mode;
 pub mod msr_bitmap;
 pub mod operand;
+pub mod page_copy;
 pub mod reach;
 pub mod role;
 pub mod segments;

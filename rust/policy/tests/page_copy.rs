@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: GPL-2.0
+//! A page and its copy, against a guest that writes either of them and a KVM that always copies all.
+
+use policy::page_copy::PageCopy;
+use proptest::prelude::*;
+
+const LEN: usize = 64;
+
+/// What may happen to a page, to its copy, or to what is known of them.
+#[derive(Clone, Debug)]
+enum Event {
+    /// The guest below is entered with one of two pages.
+    Enter(usize),
+    /// It changes its copy, and somebody saw it.
+    Change(usize, u8, u8),
+    /// It exits.
+    Exit,
+    /// It stops without an exit that would write the copy: the processor refuses to go on with it.
+    Drop,
+    /// It goes on without an entry that would make the copy, after RSM.
+    Resume(usize),
+    /// The guest changes a page in a way that has to be seen.
+    Page(usize, usize, u8),
+    /// The VMM may have changed a page: the key is another.
+    Remap(usize, usize, u8),
+    /// Stock code made the copy or wrote the page, unknown to us.
+    Stock(usize, bool),
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    let (page, at) = (0..2usize, 0..LEN - 8);
+    prop_oneof![
+        6 => page.clone().prop_map(Event::Enter),
+        6 => (at.clone(), 1..=8u8, any::<u8>()).prop_map(|(at, len, v)| Event::Change(at, len, v)),
+        6 => Just(Event::Exit),
+        1 => Just(Event::Drop),
+        1 => page.clone().prop_map(Event::Resume),
+        1 => (page.clone(), at.clone(), any::<u8>()).prop_map(|(p, at, v)| Event::Page(p, at, v)),
+        1 => (page.clone(), at, any::<u8>()).prop_map(|(p, at, v)| Event::Remap(p, at, v)),
+        1 => (page, any::<bool>()).prop_map(|(p, out)| Event::Stock(p, out)),
+    ]
+}
+
+/// A machine: two pages, the copy, and which page the guest below runs with.
+#[derive(Clone, PartialEq, Debug)]
+struct Machine {
+    pages: [[u8; LEN]; 2],
+    copy: [u8; LEN],
+    inside: Option<usize>,
+}
+
+impl Machine {
+    const NEW: Machine = Machine {
+        pages: [[1; LEN], [2; LEN]],
+        copy: [0; LEN],
+        inside: None,
+    };
+}
+
+proptest! {
+    #[test]
+    fn pages_and_copy_are_always_what_whole_copies_make(events in prop::collection::vec(event(), 0..200)) {
+        let (mut stock, mut ours) = (Machine::NEW, Machine::NEW);
+        let mut known = PageCopy::new();
+        let mut generation = 0;
+        for event in events {
+            match event {
+                Event::Enter(page) if stock.inside.is_none() => {
+                    stock.copy = stock.pages[page];
+                    stock.inside = Some(page);
+                    let key = (page, generation);
+                    if known.is_same(key) {
+                        known.enter();
+                    } else {
+                        ours.copy = ours.pages[page];
+                        known.enter_anew(key);
+                    }
+                    ours.inside = Some(page);
+                }
+                Event::Change(at, len, value) if stock.inside.is_some() => {
+                    known.change(at as u16, u16::from(len));
+                    for machine in [&mut stock, &mut ours] {
+                        machine.copy[at..at + usize::from(len)].fill(value);
+                    }
+                }
+                Event::Exit => if let Some(page) = stock.inside.take() {
+                    stock.pages[page] = stock.copy;
+                    ours.inside = None;
+                    let key = (page, generation);
+                    let range = known.to_write(key).unwrap_or(0..LEN);
+                    ours.pages[page][range.clone()].copy_from_slice(&ours.copy[range]);
+                    known.exit(key);
+                },
+                Event::Drop => {
+                    stock.inside = None;
+                    ours.inside = None;
+                }
+                Event::Resume(page) if stock.inside.is_none() => {
+                    stock.inside = Some(page);
+                    ours.inside = Some(page);
+                }
+                Event::Page(page, at, value) => {
+                    known.forget();
+                    for machine in [&mut stock, &mut ours] {
+                        machine.pages[page][at] = value;
+                    }
+                }
+                Event::Remap(page, at, value) => {
+                    generation += 1;
+                    for machine in [&mut stock, &mut ours] {
+                        machine.pages[page][at] = value;
+                    }
+                }
+                Event::Stock(page, out) => {
+                    known.forget();
+                    for machine in [&mut stock, &mut ours] {
+                        if out {
+                            machine.pages[page] = machine.copy;
+                        } else {
+                            machine.copy = machine.pages[page];
+                        }
+                    }
+                }
+                _ => {}
+            }
+            prop_assert_eq!(&stock, &ours);
+        }
+    }
+
+    #[test]
+    fn what_did_not_change_is_neither_read_nor_written(
+        changes in prop::collection::vec((0..4000u16, 1..=8u16), 0..4),
+    ) {
+        let mut known = PageCopy::new();
+        known.enter_anew(7);
+        for &(at, len) in &changes {
+            known.change(at, len);
+        }
+        let range = known.to_write(7);
+        let first = changes.iter().map(|&(at, _)| at).min();
+        let end = changes.iter().map(|&(at, len)| at + len).max();
+        match first.zip(end) {
+            None => prop_assert!(range.is_some_and(|range| range.is_empty())),
+            Some((first, end)) => prop_assert_eq!(range, Some(usize::from(first)..usize::from(end))),
+        }
+        known.exit(7);
+        prop_assert!(known.is_same(7));
+        prop_assert!(!known.is_same(8));
+        // Never written back without an entry.
+        prop_assert_eq!(known.to_write(7), None);
+    }
+}
