@@ -44,7 +44,9 @@
 	HOOK(set_msr, kvm_intel, vmx_set_msr, 2)			\
 	HOOK(vcpu_run, kvm_intel, vmx_vcpu_run, 2)			\
 	HOOK(has_interrupt, kvm, kvm_apic_has_interrupt, 1)		\
-	HOOK(sync_pir, kvm_intel, vmx_sync_pir_to_irr, 1)
+	HOOK(sync_pir, kvm_intel, vmx_sync_pir_to_irr, 1)		\
+	HOOK(read_cached, kvm, kvm_read_guest_cached, 4)		\
+	HOOK(write_cached, kvm, kvm_write_guest_cached, 4)
 
 /*
  * KVM functions that Matryoshka calls: CALL(id, module, symbol, nargs), with the same checks, up to 5

@@ -5,7 +5,7 @@
 # for byte, what it prints undisturbed on the stock code.
 . "$(dirname "$0")/lib.sh"
 
-tests=turns,launches,shadowing,links,pages
+tests=turns,launches,shadowing,links,copies,pages
 
 # saved WHICH: how often so, in the last run.
 saved() { sed -n "s/^saved and restored.*[^0-9]\([0-9]*\) $1.*/\1/p" "$TMP/said"; }

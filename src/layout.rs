@@ -44,7 +44,7 @@ static EXPECTED: &[Expected] = &expect! {
     nested_vmx {
         current_vmptr, cached_vmcs12, need_vmcs12_to_shadow_sync, dirty_vmcs12,
         need_sync_vmcs02_to_vmcs12_rare, vmcs02, msrs, vmxon, vmxon_ptr, posted_intr_nv,
-        cached_shadow_vmcs12, apic_access_page_map, virtual_apic_map, pi_desc_map, pi_desc,
+        cached_shadow_vmcs12, shadow_vmcs12_cache, apic_access_page_map, virtual_apic_map, pi_desc_map, pi_desc,
         force_msr_bitmap_recalc,
     }
     nested_vmx_msrs { misc_low, secondary_ctls_high }
@@ -78,6 +78,7 @@ static EXPECTED: &[Expected] = &expect! {
     kvm_page_format {}
     kvm { arch, mm, srcu, memslots, mmu_invalidate_seq, mmu_invalidate_in_progress, online_vcpus }
     kvm_memslots { generation }
+    gfn_to_hva_cache { generation, gpa, hva, memslot }
     kvm_host_map { pinned_page, page, hva, pfn, gfn, writable }
     kvm_memory_slot { base_gfn, npages, dirty_bitmap, userspace_addr, flags, id }
     kvm_arch { disabled_quirks, mmu_valid_gen, mmu_page_hash, vm_type }

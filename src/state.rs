@@ -91,6 +91,12 @@ fn find(key: usize) -> Option<&'static VcpuState> {
     Some(unsafe { &*slot.state.load(Ordering::Relaxed) })
 }
 
+/// Whether the vCPU at this address has a state. It need not be one: nothing there is looked at.
+#[inline(always)]
+pub(crate) fn has(key: usize) -> bool {
+    find(key).is_some()
+}
+
 /// Runs `f` on the state of `vcpu`; `None` if it has none yet.
 #[inline(always)]
 pub(crate) fn with<R>(

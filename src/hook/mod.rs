@@ -190,6 +190,8 @@ hook_ids! {
     VCPU_RUN = mtk_hook_id_MTK_HOOK_vcpu_run;
     HAS_INTERRUPT = mtk_hook_id_MTK_HOOK_has_interrupt;
     SYNC_PIR = mtk_hook_id_MTK_HOOK_sync_pir;
+    READ_CACHED = mtk_hook_id_MTK_HOOK_read_cached;
+    WRITE_CACHED = mtk_hook_id_MTK_HOOK_write_cached;
 }
 
 impl HookId {

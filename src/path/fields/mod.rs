@@ -256,11 +256,13 @@ fn accessed(raw: *mut bindings::kvm_vcpu, write: bool, cont: Continuation) -> Ve
         return Verdict::STOCK;
     }
     // SAFETY: In a handler of an exit, the exited VMCS is current.
-    let Some(info) = (unsafe { vmx::vmread(vmx::VMX_INSTRUCTION_INFO) }) else {
-        return Verdict::STOCK;
-    };
+    let info = unsafe { vmx::vmread(vmx::VMX_INSTRUCTION_INFO) };
     // Register 2 names the field (SDM table 29-14).
-    let Some(encoding) = vcpu.gpr((info >> 28 & 0xf) as usize) else {
+    let encoding = info.and_then(|info| vcpu.gpr((info >> 28 & 0xf) as usize));
+    if nested && write {
+        super::l2fields::copies::note_vmwrite(vcpu, encoding);
+    }
+    let Some(encoding) = encoding else {
         return Verdict::STOCK;
     };
     if nested {

@@ -2,6 +2,7 @@
 //! What is kept for one vCPU to serve its L2, and the copies between KVM's copy of L2's shadow VMCS and the
 //! one that the processor uses.
 
+use super::copies::Known;
 use crate::{
     alloc, bindings,
     kvm::{
@@ -94,6 +95,8 @@ pub(crate) struct Memory {
     pub(super) stale: bool,
     /// vmcs02 uses the tables; the shadow VMCS has what L2 wrote last.
     serving: bool,
+    /// What is known of KVM's copy of L2's shadow VMCS.
+    pub(super) known: Known,
 }
 
 impl Memory {
@@ -102,6 +105,7 @@ impl Memory {
         tables: None,
         stale: true,
         serving: false,
+        known: Known::new(),
     };
 
     /// Whether the processor serves L2 now.
@@ -222,6 +226,7 @@ impl Memory {
         let (Some(t), Some(base), true) = (&self.tables, vcpu.shadow_vmcs12(), self.serving) else {
             return;
         };
+        let known = &mut self.known;
         let guard = t.quiet.lock();
         // SAFETY: By this function's contract; the loaded VMCS is made current again. Entries have offsets of
         // fields of vmcs12 with their widths.
@@ -230,9 +235,11 @@ impl Memory {
             if vmx::load_shadow(shadow) {
                 for_each_width!(t.fields, |e: Word| {
                     if let Some(value) = vmx::vmread(u64::from(e.encoding)) {
-                        base.add(e.offset as usize)
-                            .cast::<Word>()
-                            .write_unaligned(value as Word);
+                        let field = base.add(e.offset as usize).cast::<Word>();
+                        if field.read_unaligned() != value as Word {
+                            field.write_unaligned(value as Word);
+                            known.change(e.offset, core::mem::size_of::<Word>() as u16);
+                        }
                     }
                 });
                 vmx::vmclear(shadow);

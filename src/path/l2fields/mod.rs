@@ -11,8 +11,12 @@
 //! are copied from KVM's copy after nested_vmx_run() has fetched it, and back before sync_vmcs02_to_vmcs12(), which
 //! comes before everything that looks at it: the write to L1's memory and KVM_GET_NESTED_STATE.
 //!
+//! Of the copies that stock KVM makes of the whole page on each switch those are left out that would change nothing
+//! ([`copies`]).
+//!
 //! L2s that are entered in another way (KVM_SET_NESTED_STATE, RSM) run on stock code until L1 enters them again.
 
+pub(super) mod copies;
 mod memory;
 
 pub(crate) use memory::Memory;
@@ -44,6 +48,11 @@ pub(super) const PATH: Path = Path {
         HookId::HANDLE_VMREAD,
         HookId::HANDLE_VMWRITE,
         HookId::NESTED_RUN,
+        HookId::VCPU_PUT,
+        HookId::HANDLE_VMPTRLD,
+        HookId::HANDLE_VMCLEAR,
+        HookId::READ_CACHED,
+        HookId::WRITE_CACHED,
     ],
     calls: &[
         CallId::VCPU_LOAD,
@@ -55,11 +64,20 @@ pub(super) const PATH: Path = Path {
     ],
     drain: Some(drain),
     drain_hooks: &[HookId::ENTER_GUEST],
-    reasons: &["no_memory", "unknown_field", "never", "learning"],
+    reasons: &[
+        "no_memory",
+        "unknown_field",
+        "never",
+        "learning",
+        "copy_new",
+        "copy_changed",
+        "copy_unusual",
+        "detour",
+    ],
     knobs: &[],
 };
 
-/// Why an access of L2 was left to the stock code; names in `PATH.reasons`.
+/// Why an access of L2, or a copy, was left to the stock code; names in `PATH.reasons`.
 #[derive(Clone, Copy)]
 enum Reason {
     /// No memory for the tables.
@@ -70,6 +88,14 @@ enum Reason {
     Never,
     /// A field that is not, or not yet, worth serving.
     Learning,
+    /// Nothing is known of what KVM's copy of L2's shadow VMCS and the page hold, or may be known.
+    CopyNew,
+    /// The page or the copy may have changed.
+    CopyChanged,
+    /// The page cannot be written.
+    CopyUnusual,
+    /// The test knob wants it so.
+    Detour,
 }
 
 /// What another thread may know about a vCPU.
@@ -233,6 +259,7 @@ extern "C" fn mtk_on_sync_vmcs02(
 /// VMX operation of L1 ends, and vmcs02 is about to be freed. L2 can only be served still if its last entry failed
 /// in the processor.
 pub(super) fn end(raw: *mut bindings::kvm_vcpu) {
+    copies::forget(raw);
     // SAFETY: The hooked function's own argument.
     let vcpu = unsafe { Vcpu::from_hook(raw) };
     state::with(vcpu, |local, counters| {
@@ -293,6 +320,7 @@ pub(super) fn leave(raw: *mut bindings::kvm_vcpu) {
 }
 
 fn drain() {
+    copies::end_epoch();
     super::drain::drain(
         // Those that start to serve.
         &[

@@ -20,7 +20,7 @@ mod interrupts;
 mod mmu;
 pub(crate) mod pages;
 
-use super::{Counters, Path};
+use super::{CounterSet, Counters, Path};
 use crate::{
     bindings,
     hook::{CallId, HookId, InFlight},
@@ -177,6 +177,12 @@ fn takes_detour(numbers: &mut Detour, counters: &Counters) -> bool {
         counters.fall_back(Reason::Detour as usize);
     }
     takes
+}
+
+/// As `takes_detour`, for other paths.
+#[inline(always)]
+pub(super) fn sends_away(memory: &mut Memory, counters: &CounterSet) -> bool {
+    takes_detour(&mut memory.detour, counters.path::<NUMBER>())
 }
 
 /// The mode of the part at `hook`.

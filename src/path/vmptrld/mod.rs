@@ -25,7 +25,7 @@ mod regions;
 pub(crate) use regions::Regions;
 pub(super) use regions::MOST;
 
-use super::{fields, nested_switch::pages, CounterSet, Counters, Local, Path};
+use super::{fields, l2fields::copies, nested_switch::pages, CounterSet, Counters, Local, Path};
 use crate::{
     bindings,
     hook::{CallId, Continuation, HookId, InFlight, Verdict},
@@ -352,6 +352,7 @@ fn report(counters: &Counters, vmptr: u64, stock: u64) {
 /// Handler of handle_vmptrld().
 #[no_mangle]
 extern "C" fn mtk_on_handle_vmptrld(vcpu: *mut bindings::kvm_vcpu, cont: Continuation) -> Verdict {
+    copies::forget(vcpu);
     let act = |vcpu: Vcpu, local: &mut Local, counters: &CounterSet| {
         // SAFETY: In this very handler.
         unsafe { load(vcpu, local, counters) }
@@ -362,6 +363,7 @@ extern "C" fn mtk_on_handle_vmptrld(vcpu: *mut bindings::kvm_vcpu, cont: Continu
 /// Handler of handle_vmclear().
 #[no_mangle]
 extern "C" fn mtk_on_handle_vmclear(vcpu: *mut bindings::kvm_vcpu, cont: Continuation) -> Verdict {
+    copies::forget(vcpu);
     let act = |vcpu: Vcpu, local: &mut Local, counters: &CounterSet| {
         // SAFETY: In this very handler.
         unsafe { clear(vcpu, local, counters) }
@@ -400,6 +402,7 @@ extern "C" fn mtk_on_free_nested(vcpu: *mut bindings::kvm_vcpu, _cont: Continuat
 extern "C" fn mtk_on_vcpu_put(vcpu: *mut bindings::kvm_vcpu, _cont: Continuation) -> Verdict {
     flush(vcpu, HookId::VCPU_PUT);
     pages::release(vcpu, HookId::VCPU_PUT);
+    copies::forget(vcpu);
     Verdict::STOCK
 }
 

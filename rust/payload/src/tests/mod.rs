@@ -9,6 +9,7 @@
 
 mod bed;
 mod controls;
+mod copies;
 mod ept;
 mod events;
 mod exits;
@@ -93,6 +94,10 @@ const GROUPS: &[Group] = &[
     Group {
         name: "links",
         run: links::run,
+    },
+    Group {
+        name: "copies",
+        run: copies::run,
     },
     Group {
         name: "pages",

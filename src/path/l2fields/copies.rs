@@ -1,0 +1,291 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The whole-page copies of L2's shadow VMCS that KVM makes when L1 enters L2 and when L2 exits to L1: of what has not
+//! changed nothing is copied.
+//!
+//! KVM's copy and the page in L1's memory hold the same after each of KVM's copies, in either direction. From then on
+//! the page changes when L1 clears, loads or unloads the VMCS that is in it (SDM volume 3, 26.11.1: software has to use
+//! VMCLEAR, VMPTRLD and VMWRITE for an active VMCS, and a shadow VMCS is active while a link pointer that was used names
+//! it), and KVM's copy when L2 executes VMWRITE, which either exits (`note_vmwrite`) or is served (`Memory::save`). Who
+//! else changes either of them is told apart by the key: another page, another memory slot, a page that the VMM took
+//! away. Of a page whose writes are logged nothing is known, so that each exit marks it dirty. What is known ends with
+//! KVM_RUN, with VMX operation, with any VMPTRLD or VMCLEAR, and with a copy by stock code while the path is off.
+//!
+//! The page is up to date after each exit to L1, so that there is nothing to give back when the path is switched off.
+
+use super::{mode, Reason, NUMBER};
+use crate::{
+    bindings,
+    hook::{Continuation, HookId, InFlight, Verdict},
+    kvm::{
+        fields::{self, FIELDS},
+        shadow_copy::{self, LEN},
+        vmcs12_pages::Stamp,
+        Vcpu,
+    },
+    path::{nested_switch, Counters},
+    policy::{mode::Mode, page_copy::PageCopy},
+    state,
+};
+use core::{
+    ops::Range,
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+};
+use kernel::prelude::*;
+
+/// What must be as it was for the page to be the same memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Key {
+    page: u64,
+    stamp: Stamp,
+    epoch: u64,
+}
+
+/// What is known of a vCPU's copy.
+pub(crate) type Known = PageCopy<Key>;
+
+/// How often the path has been switched off: what was known before may have changed while hooks were off.
+static EPOCH: AtomicU64 = AtomicU64::new(0);
+
+/// The path has been switched off, and its hooks are still on.
+pub(super) fn end_epoch() {
+    EPOCH.fetch_add(1, Ordering::SeqCst);
+}
+
+/// The key as it is now; `None` where nothing may be concluded.
+#[inline(always)]
+fn key(vcpu: Vcpu) -> Option<Key> {
+    // Before anything else: a look at the rest that comes later is at least as new.
+    let epoch = EPOCH.load(Ordering::Acquire);
+    if !vcpu.is_in_run() {
+        return None;
+    }
+    Some(Key {
+        page: vcpu.shadow_page_address(),
+        stamp: vcpu.memory_stamp()?,
+        epoch,
+    })
+}
+
+/// Whether this is one of KVM's copies of a shadow VMCS, for a vCPU that has a state. All other calls of the two
+/// functions, which are for a few bytes, end here.
+#[inline(always)]
+fn owner(cache: usize, data: usize) -> Option<Vcpu> {
+    let raw = shadow_copy::owner_of(cache);
+    if !state::has(raw as usize) {
+        return None;
+    }
+    // SAFETY: What has a state is a vCPU that lives, so the cache that was passed is its own: KVM makes or writes its
+    // copy of the shadow VMCS, on the vCPU's thread with the vCPU loaded.
+    let vcpu = unsafe { Vcpu::from_hook(raw) };
+    let copy = vcpu.shadow_vmcs12().map(|copy| copy as usize);
+    (copy == Some(data)).then_some(vcpu)
+}
+
+/// Handler of kvm_read_guest_cached().
+#[no_mangle]
+extern "C" fn mtk_on_read_cached(
+    kvm: usize,
+    cache: usize,
+    data: usize,
+    len: usize,
+    cont: Continuation,
+) -> Verdict {
+    if len != LEN {
+        return Verdict::STOCK;
+    }
+    let Some(vcpu) = owner(cache, data) else {
+        return Verdict::STOCK;
+    };
+    let mode = mode();
+    let key = key(vcpu);
+    let done = state::with(vcpu, |local, counters| {
+        let known = &mut local.l2fields.known;
+        if mode == Mode::Off {
+            known.forget();
+            return None;
+        }
+        let key = key.filter(|&key| known.is_same(key));
+        let count = counters.path::<NUMBER>();
+        if mode == Mode::Check || key.is_none() {
+            return Some(Err(reason(known)));
+        }
+        if nested_switch::sends_away(&mut local.nested_switch, counters) {
+            return Some(Err(Reason::Detour));
+        }
+        known.enter();
+        count.taken.bump();
+        Some(Ok(()))
+    });
+    match done.flatten() {
+        Some(Ok(())) => Verdict::handled(0),
+        Some(Err(reason)) => copy_all(
+            Copying::In,
+            vcpu,
+            key,
+            reason,
+            cont,
+            [kvm, cache, data, len],
+        ),
+        None => Verdict::STOCK,
+    }
+}
+
+/// Handler of kvm_write_guest_cached().
+#[no_mangle]
+extern "C" fn mtk_on_write_cached(
+    kvm: usize,
+    cache: usize,
+    data: usize,
+    len: usize,
+    cont: Continuation,
+) -> Verdict {
+    if len != LEN {
+        return Verdict::STOCK;
+    }
+    let Some(vcpu) = owner(cache, data) else {
+        return Verdict::STOCK;
+    };
+    let mode = mode();
+    let key = key(vcpu);
+    let done = state::with(vcpu, |local, counters| {
+        let known = &mut local.l2fields.known;
+        if mode == Mode::Off {
+            known.forget();
+            return None;
+        }
+        let plan = key.and_then(|key| Some((key, known.to_write(key)?)));
+        let Some((key, bytes)) = plan.filter(|_| mode == Mode::On) else {
+            return Some(Err(reason(known)));
+        };
+        if nested_switch::sends_away(&mut local.nested_switch, counters) {
+            return Some(Err(Reason::Detour));
+        }
+        if !bytes.is_empty() {
+            let _section = InFlight::enter(HookId::WRITE_CACHED);
+            // SAFETY: In this very handler.
+            if !unsafe { vcpu.write_shadow_page(bytes) } {
+                return Some(Err(Reason::CopyUnusual));
+            }
+        }
+        known.exit(key);
+        counters.path::<NUMBER>().taken.bump();
+        Some(Ok(()))
+    });
+    match done.flatten() {
+        Some(Ok(())) => Verdict::handled(0),
+        Some(Err(reason)) => copy_all(
+            Copying::Out,
+            vcpu,
+            key,
+            reason,
+            cont,
+            [kvm, cache, data, len],
+        ),
+        None => Verdict::STOCK,
+    }
+}
+
+/// Why a copy could not be spared, or shortened.
+fn reason(known: &Known) -> Reason {
+    if known.is_known() {
+        Reason::CopyChanged
+    } else {
+        Reason::CopyNew
+    }
+}
+
+/// The direction of a copy.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Copying {
+    /// From L1's memory to KVM's copy.
+    In,
+    /// From KVM's copy to L1's memory.
+    Out,
+}
+
+/// Lets the stock code copy the whole page; `reason` matters in mode `on`.
+#[cold]
+#[inline(never)]
+fn copy_all(
+    way: Copying,
+    vcpu: Vcpu,
+    key: Option<Key>,
+    reason: Reason,
+    cont: Continuation,
+    args: [usize; 4],
+) -> Verdict {
+    let section = InFlight::enter(match way {
+        Copying::In => HookId::READ_CACHED,
+        Copying::Out => HookId::WRITE_CACHED,
+    });
+    let checking = mode() == Mode::Check;
+    state::with(vcpu, |local, counters| {
+        let known = &local.l2fields.known;
+        if !checking {
+            counters.path::<NUMBER>().fall_back(reason as usize);
+            return;
+        }
+        let but = key.and_then(|key| match way {
+            Copying::In => known.is_same(key).then_some(0..0),
+            Copying::Out => known.to_write(key),
+        });
+        but.into_iter()
+            .for_each(|but| compare(vcpu, but, counters.path::<NUMBER>()));
+    });
+    // SAFETY: This handler's continuation and the hooked function's own arguments.
+    let value = unsafe { section.call_stock(cont, args) };
+    // Writes are logged for as long as the stamp is the same, or not.
+    let key = key.filter(|_| vcpu.shadow_page_host().is_some());
+    state::with(vcpu, |local, _| {
+        let known = &mut local.l2fields.known;
+        match (key, value as i32, way) {
+            (Some(key), 0, Copying::In) => known.enter_anew(key),
+            (Some(key), 0, Copying::Out) => known.exit(key),
+            // As it was before, half-way, or not to be known.
+            _ => known.forget(),
+        }
+    });
+    Verdict::handled(value)
+}
+
+static REPORTED: AtomicBool = AtomicBool::new(false);
+
+/// Mode `check`: the page and KVM's copy, of which the same is known but for some bytes.
+fn compare(vcpu: Vcpu, but: Range<usize>, count: &Counters) {
+    // SAFETY: In the handler of either function.
+    let same = unsafe { vcpu.compare_shadow_page(but) };
+    if let Some(same) = same {
+        count.checked.bump();
+        if !same {
+            count.mismatches.bump();
+            if !REPORTED.swap(true, Ordering::Relaxed) {
+                pr_warn!(
+                    "l2fields: the shadow VMCS of L2 has changed where nothing was known to\n"
+                );
+            }
+        }
+    }
+}
+
+/// L2 executes a VMWRITE that KVM carries out in its copy, of the field with this encoding if the encoding is known.
+pub(in crate::path) fn note_vmwrite(vcpu: Vcpu, encoding: Option<u64>) {
+    state::with(vcpu, |local, _| {
+        let known = &mut local.l2fields.known;
+        let field = encoding
+            .and_then(fields::by_encoding)
+            .and_then(|number| FIELDS.get(usize::from(number)));
+        match field {
+            Some(field) => known.change(field.offset, field.width() as u16),
+            None => known.forget(),
+        }
+    });
+}
+
+/// What is known of the vCPU's copy may not be true any more: L1 executes VMPTRLD, VMCLEAR or VMXOFF, or the vCPU leaves
+/// KVM_RUN.
+#[inline(always)]
+pub(in crate::path) fn forget(raw: *mut bindings::kvm_vcpu) {
+    // SAFETY: The argument of a hooked function; used to find the state.
+    let vcpu = unsafe { Vcpu::from_hook(raw) };
+    state::with(vcpu, |local, _| local.l2fields.known.forget());
+}
