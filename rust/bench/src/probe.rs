@@ -128,11 +128,7 @@ pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
         }
     }
     if args.shuffle.is_some() {
-        let counts = outcome.shuffles;
-        println!(
-            "saved and restored {} times, {} in L2, {} with a current VMCS that memory did not have",
-            counts.all, counts.in_l2, counts.dirty
-        );
+        println!("{}", outcome.shuffles);
     }
     if args.roam {
         println!("moved {} times", outcome.moves);

@@ -77,6 +77,10 @@ pub struct NestArgs {
     #[arg(long, default_value_t = TOUCH_PAGES, value_name = "PAGES")]
     touch_pages: u32,
 
+    /// Save and restore L1 into a new VM again and again, at points that SEED decides: for tests
+    #[arg(long, value_name = "SEED", conflicts_with = "cpus")]
+    shuffle: Option<u64>,
+
     /// Give up after this many seconds
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
@@ -354,10 +358,14 @@ fn start(args: &NestArgs, spec: &Spec) -> vmm::Result<stack::Outcome> {
         terminal: spec.interactive().then(|| stdin.as_raw_fd()),
         limit: args.timeout.map(Duration::from_secs),
         door: transport::door(),
+        shuffle: args.shuffle,
         ..Local::default()
     };
     let outcome = stack::run(spec, &files, local, &mut host);
     drop(raw);
+    if let (Some(_), Ok(outcome)) = (args.shuffle, &outcome) {
+        eprintln!("{}", outcome.shuffles);
+    }
     outcome
 }
 

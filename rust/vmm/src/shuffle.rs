@@ -9,6 +9,7 @@
 //! When it happens is decided by numbers from a seed: after so many exits to user space, and after so
 //! many microseconds, wherever the vCPU is then.
 
+use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -35,6 +36,16 @@ pub struct Counts {
     /// While the guest itself was running, with a current VMCS that memory does not have as it is:
     /// changes were in KVM, or in a shadow VMCS.
     pub dirty: u64,
+}
+
+impl fmt::Display for Counts {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(
+            f,
+            "saved and restored {} times, {} in L2, {} with a current VMCS that memory did not have",
+            self.all, self.in_l2, self.dirty
+        )
+    }
 }
 
 /// A stream of numbers (xorshift64*).
@@ -111,8 +122,8 @@ impl<'a> Shuffler<'a> {
         machine::disconnect(self.vm, &self.irq)?;
         machine::connect(&vm, &self.irq)?;
         let new = vm.create_vcpu(0).map_err(Error::kvm("KVM_CREATE_VCPU"))?;
-        chips.restore(&vm)?;
         state.restore(&new)?;
+        chips.restore(&vm)?;
         self.counts.all += 1;
         self.counts.in_l2 += u64::from(state.in_l2());
         self.counts.dirty += u64::from(!state.in_l2() && state.dirty(self.mem));

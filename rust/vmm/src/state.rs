@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! What KVM holds of a machine beside its memory: read from one VM, put into another.
 //!
-//! The order of the requests is that of the kernel's own KVM selftests: some of these change others.
+//! The order of the requests is that of the kernel's own KVM selftests, but for KVM_GET_MP_STATE: some of these change others.
 
 use kvm_bindings::{
     kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state,
@@ -58,7 +58,8 @@ impl VmState {
         })
     }
 
-    /// Puts it into a new VM, before its vCPUs'.
+    /// Puts it into a new VM, after its vCPUs': the timer starts, and an interrupt that it or the I/O APIC has pending goes
+    /// to local APICs, whose state would replace it.
     pub(crate) fn restore(&self, vm: &VmFd) -> Result<()> {
         vm.set_clock(&kvm_clock_data {
             flags: 0,
@@ -114,12 +115,13 @@ fn each_msr(
 impl VcpuState {
     /// Reads it. Nothing of the last exit may be left to be completed.
     pub(crate) fn save(kvm: &Kvm, vcpu: &VcpuFd) -> Result<VcpuState> {
-        let events = vcpu
-            .get_vcpu_events()
-            .map_err(Error::kvm("KVM_GET_VCPU_EVENTS"))?;
+        // First, because it acts on an INIT or SIPI that is pending, which changes anything.
         let mp_state = vcpu
             .get_mp_state()
             .map_err(Error::kvm("KVM_GET_MP_STATE"))?;
+        let events = vcpu
+            .get_vcpu_events()
+            .map_err(Error::kvm("KVM_GET_VCPU_EVENTS"))?;
         let regs = vcpu.get_regs().map_err(Error::kvm("KVM_GET_REGS"))?;
         let xsave = vcpu.get_xsave().map_err(Error::kvm("KVM_GET_XSAVE"))?;
         let xcrs = vcpu.get_xcrs().map_err(Error::kvm("KVM_GET_XCRS"))?;
