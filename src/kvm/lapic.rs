@@ -85,13 +85,15 @@ impl Vcpu {
         let control = unsafe {
             (&raw const (*self.raw()).vt.pi_desc.__bindgen_anon_1.control).read_volatile()
         };
-        control & OUTSTANDING == 0 && apic.is_clear(APIC_IRR) && {
-            let in_l2 = self.guest_mode();
-            // SAFETY: In the handler of a function that reads the field itself then.
-            in_l2
-                || !apic.is_apicv_active()
-                || unsafe { vmx::vmread_basic(GUEST_INTR_STATUS) } & 0xff == 0
+        if control & OUTSTANDING != 0 || !apic.is_clear(APIC_IRR) {
+            return false;
         }
+        if self.guest_mode() || !apic.is_apicv_active() {
+            return true;
+        }
+        // SAFETY: In the handler of a function that reads the field itself then.
+        let status = unsafe { vmx::vmread_basic(GUEST_INTR_STATUS) };
+        status & 0xff == 0
     }
 
     /// Whether `kvm_apic_has_interrupt()` would find none and change nothing.

@@ -35,16 +35,28 @@ impl Vcpu {
     /// Where the VMM has that page. `None` if KVM has to find it first, if it has none, or if somebody logs writes
     /// to it; the same for as long as memory slots are. KVM's SRCU lock is held.
     pub(crate) fn shadow_page_host(self) -> Option<usize> {
-        let cache = read!(self, nested.shadow_vmcs12_cache);
-        if self.slots_generation() != Some(cache.generation) {
-            return None;
-        }
-        // SAFETY: kvm_gfn_to_hva_cache_init() found this slot, memory slots being what they are now, and the lock keeps
-        // it alive.
-        let slot = unsafe { cache.memslot.as_ref() }?;
+        let (slot, host) = self.shadow_cache()?;
         // kvm_slot_dirty_track_enabled(): else mark_page_dirty_in_slot() does nothing.
         let unlogged = slot.flags & bindings::KVM_MEM_LOG_DIRTY_PAGES == 0;
-        unlogged.then_some(cache.hva)
+        unlogged.then_some(host)
+    }
+
+    /// Where the VMM has the page at this address, if KVM has found it already. KVM's SRCU lock is held.
+    pub(crate) fn shadow_page_at(self, address: u64) -> Option<usize> {
+        let (_, host) = self.shadow_cache()?;
+        (self.shadow_page_address() == address).then_some(host)
+    }
+
+    /// What kvm_gfn_to_hva_cache_init() has found, if that still holds.
+    fn shadow_cache<'a>(self) -> Option<(&'a bindings::kvm_memory_slot, usize)> {
+        let cache = read!(self, nested.shadow_vmcs12_cache);
+        // kvm_is_error_hva(): it has failed, and has left the address of the page before.
+        if self.slots_generation() != Some(cache.generation) || (cache.hva as isize) < 0 {
+            return None;
+        }
+        // SAFETY: The function found this slot, memory slots being what they are now, and the lock keeps it alive.
+        let slot = unsafe { cache.memslot.as_ref() }?;
+        Some((slot, cache.hva))
     }
 
     /// Writes these bytes of the copy to the page. `false` if the stock code has to write all of it; some may be written

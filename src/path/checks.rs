@@ -17,12 +17,7 @@ use super::Path;
 use crate::{
     bindings,
     hook::{Continuation, HookId, InFlight, Verdict},
-    kvm::{
-        guest_memory::{GuestMemory, Window},
-        nested::Header,
-        vmcs12::field,
-        Vcpu, Vmcs12,
-    },
+    kvm::{guest_memory::read_host_u64, nested::Header, vmcs12::field, Vcpu, Vmcs12},
     layout,
     policy::{
         mode::Mode,
@@ -99,7 +94,7 @@ trait Inputs: Copy + Default {
     fn unchanged(&self, vcpu: Vcpu, vmcs12: Vmcs12) -> bool;
     /// What the check reads in the guest's memory, which may change at any time, is good now. May sleep.
     #[inline(always)]
-    fn memory_is_good(_vcpu: Vcpu, _vmcs12: Vmcs12, _link: &mut Link) -> bool {
+    fn memory_is_good(_vcpu: Vcpu, _vmcs12: Vmcs12) -> bool {
         true
     }
     /// Prints them for a report.
@@ -147,9 +142,9 @@ macro_rules! inputs {
 
             $(
                 #[inline(always)]
-                fn memory_is_good(vcpu: Vcpu, vmcs12: Vmcs12, link: &mut Link) -> bool {
-                    let good: fn(Vcpu, Vmcs12, &mut Link) -> bool = $memory;
-                    good(vcpu, vmcs12, link)
+                fn memory_is_good(vcpu: Vcpu, vmcs12: Vmcs12) -> bool {
+                    let good: fn(Vcpu, Vmcs12) -> bool = $memory;
+                    good(vcpu, vmcs12)
                 }
             )?
 
@@ -212,8 +207,8 @@ inputs! {
     /// A debugctl with unknown bits may print, and is left to the stock code.
     GuestState in guest_state, HookId::CHECK_GUEST_STATE,
     usual |now, _vcpu| now.guest_ia32_debugctl == 0,
-    memory |vcpu, vmcs12, link| {
-        field!(vmcs12, vmcs_link_pointer) == NO_LINK || link.is_good(vcpu, vmcs12)
+    memory |vcpu, vmcs12| {
+        field!(vmcs12, vmcs_link_pointer) == NO_LINK || link_is_good(vcpu, vmcs12)
     },
     {
         vm_entry_controls, secondary_vm_exec_control, guest_cr0, guest_cr4,
@@ -247,48 +242,27 @@ impl Default for Remembered {
     }
 }
 
-/// The memory slot that the VMCS link pointer led to last, and the generation of the slots.
-struct Link(Option<(u64, Window)>);
-
-impl Link {
-    /// Whether the header of the shadow VMCS that the link pointer names is what nested_vmx_check_vmcs_link_ptr() wants. May
-    /// sleep.
-    #[inline(never)]
-    fn is_good(&mut self, vcpu: Vcpu, vmcs12: Vmcs12) -> bool {
-        let _section = InFlight::enter(HookId::CHECK_GUEST_STATE);
-        let Some(generation) = vcpu.slots_generation() else {
-            return false;
-        };
-        let known = self.0.filter(|&(was, _)| was == generation);
-        let window = known.map_or(Window::EMPTY, |(_, window)| window);
-        // SAFETY: In a handler of KVM's check, under its SRCU lock on the vCPU's thread; the window is of these slots.
-        let mut memory = unsafe { GuestMemory::with_slot(vcpu, window) };
-        let header = memory.read_u64(field!(vmcs12, vmcs_link_pointer));
-        self.0 = Some((generation, memory.slot()));
-        header
-            .map(|header| Header(header as u32))
-            .is_some_and(|header| {
-                header.is_ours() && header.is_shadow() == vmcs12.has_shadow_vmcs()
-            })
-    }
+/// Whether the header of the shadow VMCS that the link pointer names is what nested_vmx_check_vmcs_link_ptr() wants, read where
+/// that would read it. May sleep.
+#[inline(never)]
+fn link_is_good(vcpu: Vcpu, vmcs12: Vmcs12) -> bool {
+    let _section = InFlight::enter(HookId::CHECK_GUEST_STATE);
+    // The stock check runs if KVM would have to find the page first, or cannot.
+    vcpu.shadow_page_at(field!(vmcs12, vmcs_link_pointer))
+        .and_then(|host| read_host_u64(host as u64))
+        .map(|header| Header(header as u32))
+        .is_some_and(|header| header.is_ours() && header.is_shadow() == vmcs12.has_shadow_vmcs())
 }
 
 /// What is remembered for one vCPU.
-pub(crate) struct Memory {
-    ways: Ways<Remembered, WAYS>,
-    link: Link,
-}
+pub(crate) struct Memory(Ways<Remembered, WAYS>);
 
 impl Memory {
-    pub(crate) const NEW: Memory = Memory {
-        ways: Ways::new([const { Remembered::NEW }; WAYS]),
-        link: Link(None),
-    };
+    pub(crate) const NEW: Memory = Memory(Ways::new([const { Remembered::NEW }; WAYS]));
 
     /// Forgets everything.
     pub(crate) fn clear(&mut self) {
-        self.ways.clear();
-        self.link = Link(None);
+        self.0.clear();
     }
 }
 
@@ -307,11 +281,10 @@ fn first_report(which: HookId) -> bool {
 fn check<I: Inputs>(vcpu: Vcpu, vmcs12: Vmcs12, third: usize, cont: Continuation) -> Verdict {
     if super::mode(NUMBER) == Mode::On && !I::HOOK.livepatched() {
         let hit = state::with(vcpu, |local, counters| {
-            let Memory { ways, link } = &mut local.checks;
-            I::slot(ways.get(vcpu.current_vmptr())?)
+            I::slot(local.checks.0.get(vcpu.current_vmptr())?)
                 .as_ref()
                 .filter(|was| was.unchanged(vcpu, vmcs12))?;
-            I::memory_is_good(vcpu, vmcs12, link).then_some(())?;
+            I::memory_is_good(vcpu, vmcs12).then_some(())?;
             counters.path::<NUMBER>().taken.bump();
             Some(())
         });
@@ -348,10 +321,10 @@ fn check_slowly<I: Inputs>(
     let key = vcpu.current_vmptr();
     state::with(vcpu, |local, counters| {
         let counters = counters.path::<NUMBER>();
-        let Memory { ways, link } = &mut local.checks;
+        let ways = &mut local.checks.0;
         let was = ways.get(key).and_then(|known| *I::slot(known));
         let predicted =
-            was.filter(|was| was.unchanged(vcpu, vmcs12) && I::memory_is_good(vcpu, vmcs12, link));
+            was.filter(|was| was.unchanged(vcpu, vmcs12) && I::memory_is_good(vcpu, vmcs12));
         if let Some(inputs) = predicted {
             // In mode `on` this is a call that raced with the mode's change; compare it as well.
             counters.checked.bump();
@@ -442,7 +415,7 @@ extern "C" fn mtk_on_guest_state_valid(
     }
     if mode == Mode::On {
         let hit = state::with(v, |local, counters| {
-            let known = local.checks.ways.get(v.current_vmptr())?;
+            let known = local.checks.0.get(v.current_vmptr())?;
             known.segments.as_ref().filter(|was| v.segments_are(was))?;
             counters.path::<NUMBER>().taken.bump();
             Some(())
@@ -474,7 +447,7 @@ fn valid_slowly(
     let key = vcpu.current_vmptr();
     let counted = state::with(vcpu, |local, counters| {
         let counters = counters.path::<NUMBER>();
-        let known = local.checks.ways.get(key);
+        let known = local.checks.0.get(key);
         let same = known
             .and_then(|known| known.segments.as_ref())
             .map(|was| was.same(&now));
@@ -498,7 +471,7 @@ fn valid_slowly(
             };
             counters.fall_back(reason as usize);
         }
-        if let Some(known) = local.checks.ways.get_or_insert(key) {
+        if let Some(known) = local.checks.0.get_or_insert(key) {
             known.segments = ret.then_some(now);
         }
     });
