@@ -6,28 +6,42 @@
 . "$(dirname "$0")/lib.sh"
 
 tests=turns,launches,shadowing,links,copies,pages
+# Of a guest's guest: the same once more, so the shorter ones.
+inner=turns,links
 
 # saved WHICH: how often so, in the last run.
 saved() { sed -n "s/^saved and restored.*[^0-9]\([0-9]*\) $1.*/\1/p" "$TMP/said"; }
 
-# disturbed SEED: runs the tests with each config, saving and restoring.
+# disturbed DEPTH TESTS SEED CONFIGS: runs the tests with each config, saving and restoring.
 disturbed() {
 	mkdir -p "$TMP/$1"
-	matryoshka bench --test --depth 1 --tests $tests --shuffle "$1" --config stock,l0,check --log "$TMP/$1" \
+	matryoshka bench --test --depth "$1" --tests "$2" --shuffle "$3" --config "$4" --log "$TMP/$1" \
 		--timeout 900 >"$TMP/said" 2>&1 || { cat "$TMP/said"; return 1; }
+}
+
+# undisturbed DEPTH TESTS
+undisturbed() {
+	mkdir -p "$TMP/still-$1"
+	matryoshka bench --test --depth "$1" --tests "$2" --config stock --log "$TMP/still-$1"
 }
 
 begin
 need_guest
-plan 8
-mkdir -p "$TMP/still"
-check "the tests run undisturbed" matryoshka bench --test --depth 1 --tests $tests --config stock --log "$TMP/still"
-check "and saved and restored, with the module absent, on and in mode check" disturbed 1
+plan 14
+check "the tests run undisturbed" undisturbed 1 $tests
+check "and saved and restored, with the module absent, on and in mode check" disturbed 1 $tests 1 stock,l0,check
 sed -n '/^saved/s/^/# /p' "$TMP/said"
 check "while L1 had a VMCS that memory did not have" at_least times 50 "$(saved with)"
 check "and while L2 ran" at_least times 20 "$(saved in)"
-check "stock: the same as undisturbed" same_log "$TMP/still/stock.log" "$TMP/1/stock.log"
-check "the paths on: the same" same_log "$TMP/still/stock.log" "$TMP/1/l0.log"
-check "mode check: the same" same_log "$TMP/still/stock.log" "$TMP/1/check.log"
+check "stock: the same as undisturbed" same_log "$TMP/still-1/stock.log" "$TMP/1/stock.log"
+check "the paths on: the same" same_log "$TMP/still-1/stock.log" "$TMP/1/l0.log"
+check "mode check: the same" same_log "$TMP/still-1/stock.log" "$TMP/1/check.log"
+check "in a guest of a Linux they run undisturbed" undisturbed 2 $inner
+check "and with that Linux saved and restored, from its boot on" disturbed 2 $inner 1 stock,check
+sed -n '/^saved/s/^/# /p' "$TMP/said"
+check "while it had a VMCS that memory did not have" at_least times 20 "$(saved with)"
+check "and while L2 or L3 ran" at_least times 20 "$(saved in)"
+check "stock: the same as undisturbed" same_log "$TMP/still-2/stock.log" "$TMP/2/stock.log"
+check "mode check: the same" same_log "$TMP/still-2/stock.log" "$TMP/2/check.log"
 check "and no mismatch" equal mismatches 0 "$(mismatches)"
 finish

@@ -26,7 +26,6 @@ const SAVE_EXAMPLES: &str = "Examples:
   matryoshka restore stack                        it goes on where it was
   matryoshka save --pid 4711 stack                if several stacks run
 
-Only stacks of one level, a payload with its own guests, can be saved yet; any other says so and runs on.
 The file holds the guest's memory: whoever can read it can read that. Pages of zeros take no room.
 If the file cannot be written, the stack goes on and nothing is left of the file.";
 

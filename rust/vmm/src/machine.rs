@@ -447,7 +447,7 @@ fn run_once(
             s.spawn(move || {
                 let mut numbers = shuffle::Numbers::new(!seed);
                 while !shared.stopped() {
-                    std::thread::sleep(shuffle::pause(&mut numbers));
+                    std::thread::sleep(shuffle::pause(&mut numbers, shared.config));
                     // Making a VM may take longer than that, and the guest must get on.
                     if !shared.due.swap(true, Ordering::Relaxed) {
                         shared.kick(0);

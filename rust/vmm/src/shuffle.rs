@@ -25,6 +25,8 @@ use crate::{Error, Result};
 const EXITS: u64 = 16;
 /// Microseconds between two kicks, on average.
 const KICK_US: u64 = 150;
+/// Both are so many times as far apart for a Linux, which has to boot before its guests do anything.
+const LINUX: u64 = 4;
 
 /// How often it was done, and when.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -66,9 +68,18 @@ impl Numbers {
     }
 }
 
+/// How far apart things happen to this machine, beside a payload.
+fn factor(config: &Config) -> u64 {
+    if config.all_begin {
+        1
+    } else {
+        LINUX
+    }
+}
+
 /// How long the thread that kicks the vCPU sleeps before the next kick.
-pub(crate) fn pause(numbers: &mut Numbers) -> Duration {
-    Duration::from_micros(numbers.around(KICK_US))
+pub(crate) fn pause(numbers: &mut Numbers, config: &Config) -> Duration {
+    Duration::from_micros(numbers.around(factor(config) * KICK_US))
 }
 
 /// Does it, and decides when.
@@ -98,7 +109,7 @@ impl<'a> Shuffler<'a> {
             mem,
             config,
             irq,
-            exits: numbers.around(EXITS),
+            exits: numbers.around(factor(config) * EXITS),
             numbers,
             counts: Counts::default(),
         })
@@ -108,7 +119,7 @@ impl<'a> Shuffler<'a> {
     pub(crate) fn exit(&mut self, due: &AtomicBool) {
         self.exits -= 1;
         if self.exits == 0 {
-            self.exits = self.numbers.around(EXITS);
+            self.exits = self.numbers.around(factor(self.config) * EXITS);
             due.store(true, Ordering::Relaxed);
         }
     }
