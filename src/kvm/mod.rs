@@ -20,6 +20,7 @@ pub(crate) mod visit;
 pub(crate) mod vmcs02;
 pub(crate) mod vmcs12;
 pub(crate) mod vmcs12_pages;
+pub(crate) mod vmread;
 pub(crate) mod vmx;
 
 use core::sync::atomic::{AtomicBool, Ordering};

@@ -19,7 +19,7 @@ use crate::{Error, Result};
 /// How a file begins.
 const MAGIC: &[u8; 16] = b"MATRYOSHKA STACK";
 /// Version of the format.
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 /// Bytes that are moved at once: a huge page, as memory is aligned to it.
 const CHUNK: usize = 2 << 20;
 /// More JSON than any machine has.

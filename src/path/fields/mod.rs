@@ -16,6 +16,8 @@
 //! second: if a learned field has changed, the guest state that KVM left in vmcs02 is fetched and
 //! vmcs12 marked dirty, so that vmcs02 is prepared in full.
 //!
+//! A VMREAD that exits all the same is counted under its reason and, into a register, answered here (`kvm::vmread`).
+//!
 //! `kvm::fields` says for each field whether and when it may be learned. Those that KVM leaves in
 //! vmcs02 are fetched before each copy to the shadow VMCS while one of them is learned.
 
@@ -33,13 +35,15 @@ use crate::{
     hook::{CallId, Continuation, HookId, InFlight, Verdict},
     kvm::{
         fields::{self, Number, FIELDS},
+        vmread::Read,
         vmx, Vcpu,
     },
     policy::mode::Mode,
     state,
 };
+use core::sync::atomic::{AtomicBool, Ordering};
 use extension::Extension;
-use kernel::c_str;
+use kernel::{c_str, prelude::*};
 
 /// This path's number in `PATHS`.
 pub(super) const NUMBER: usize = 1;
@@ -70,6 +74,8 @@ pub(super) const PATH: Path = Path {
         CallId::LOAD_VMCS,
         CallId::SYNC_RARE,
         CallId::FIELD_OFFSET,
+        CallId::SET_RFLAGS,
+        CallId::SKIP_INSTRUCTION,
     ],
     drain: Some(drain),
     drain_hooks: &[HookId::ENTER_GUEST],
@@ -262,7 +268,7 @@ fn accessed(raw: *mut bindings::kvm_vcpu, write: bool, cont: Continuation) -> Ve
     if nested && write {
         super::l2fields::copies::note_vmwrite(vcpu, encoding);
     }
-    let Some(encoding) = encoding else {
+    let (Some(info), Some(encoding)) = (info, encoding) else {
         return Verdict::STOCK;
     };
     if nested {
@@ -276,6 +282,7 @@ fn accessed(raw: *mut bindings::kvm_vcpu, write: bool, cont: Continuation) -> Ve
         return Verdict::handled(value);
     }
 
+    let mut read = None;
     let room = state::with(vcpu, |local, counters| {
         let count = counters.path::<NUMBER>();
         let memory = &mut local.fields;
@@ -287,9 +294,17 @@ fn accessed(raw: *mut bindings::kvm_vcpu, write: bool, cont: Continuation) -> Ve
             count.fall_back(Reason::Evmcs as usize);
             return true;
         }
-        let Some(class) = FIELDS.get(number as usize).map(|f| f.class) else {
+        let Some(field) = FIELDS.get(number as usize) else {
             return true;
         };
+        let class = field.class;
+        // What KVM leaves in vmcs02 until it is asked for is the stock code's to fetch.
+        if !write && !class.is_late() && encoding == u64::from(field.encoding) {
+            read = vcpu
+                .vmcs12()
+                .filter(|_| memory.knows(number))
+                .and_then(|m| vcpu.plan_vmread(m, field, info));
+        }
         let left_out = memory.is_left_out(number);
         if !left_out && !memory.may_shadow(vcpu, class) {
             count.fall_back(Reason::Never as usize);
@@ -318,7 +333,34 @@ fn accessed(raw: *mut bindings::kvm_vcpu, write: bool, cont: Continuation) -> Ve
     if room != Some(true) {
         make_room(vcpu, id);
     }
-    Verdict::STOCK
+    match (read, mode) {
+        (Some(read), Mode::On) => vcpu
+            .finish_vmread(read)
+            .map_or(Verdict::STOCK, Verdict::handled),
+        (Some(read), Mode::Check) => check_read(vcpu, read, id, cont),
+        _ => Verdict::STOCK,
+    }
+}
+
+static REPORTED: AtomicBool = AtomicBool::new(false);
+
+/// Lets the stock code carry out a VMREAD, and compares.
+#[cold]
+fn check_read(vcpu: Vcpu, read: Read, id: HookId, cont: Continuation) -> Verdict {
+    let section = InFlight::enter(id);
+    // SAFETY: This handler's continuation and the hooked function's own argument.
+    let value = unsafe { section.call_stock(cont, [vcpu.key()]) };
+    state::with(vcpu, |_, counters| {
+        let count = counters.path::<NUMBER>();
+        count.checked.bump();
+        if !vcpu.has_read(read) {
+            count.mismatches.bump();
+            if !REPORTED.swap(true, Ordering::Relaxed) {
+                pr_warn!("fields: a VMREAD gave something else than vmcs12 has\n");
+            }
+        }
+    });
+    Verdict::handled(value)
 }
 
 /// Handler of handle_vmread(): learns, and lets the stock function run.
