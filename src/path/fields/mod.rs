@@ -299,7 +299,8 @@ fn accessed(raw: *mut bindings::kvm_vcpu, write: bool, cont: Continuation) -> Ve
         };
         let class = field.class;
         // What KVM leaves in vmcs02 until it is asked for is the stock code's to fetch.
-        if !write && !class.is_late() && encoding == u64::from(field.encoding) {
+        let late = class.is_late() && vcpu.has_late_fields();
+        if !write && !late && encoding == u64::from(field.encoding) {
             read = vcpu
                 .vmcs12()
                 .filter(|_| memory.knows(number))
