@@ -65,7 +65,7 @@ impl Vcpu {
         let handled = self.vm_succeed()?;
         // SAFETY: By the invariants of `Vcpu`; `plan_vmread` has checked the number. No register but RSP and RIP is
         // kept anywhere else, so there is nothing to mark.
-        unsafe { (*self.raw()).vcpu.arch.regs[read.register & 0xf] = read.value as _ };
+        unsafe { (*self.raw()).vcpu.arch.regs[read.register & 0xf] = read.value as usize };
         Some(handled)
     }
 
