@@ -81,15 +81,10 @@ fn owner(cache: usize, data: usize) -> Option<Vcpu> {
     (copy == Some(data)).then_some(vcpu)
 }
 
-/// Handler of kvm_read_guest_cached().
-#[no_mangle]
-extern "C" fn mtk_on_read_cached(
-    kvm: usize,
-    cache: usize,
-    data: usize,
-    len: usize,
-    cont: Continuation,
-) -> Verdict {
+/// The handler of either function; `way` is the direction of its copies.
+#[inline(always)]
+fn copy(way: Copying, args: [usize; 4], cont: Continuation) -> Verdict {
+    let [_, cache, data, len] = args;
     if len != LEN {
         return Verdict::STOCK;
     }
@@ -104,30 +99,46 @@ extern "C" fn mtk_on_read_cached(
             known.forget();
             return None;
         }
-        let key = key.filter(|&key| known.is_same(key));
-        let count = counters.path::<NUMBER>();
-        if mode == Mode::Check || key.is_none() {
+        let plan = key.and_then(|key| Some((key, way.bytes(known, key)?)));
+        let Some((key, bytes)) = plan.filter(|_| mode == Mode::On) else {
             return Some(Err(reason(known)));
-        }
+        };
         if nested_switch::sends_away(&mut local.nested_switch, counters) {
             return Some(Err(Reason::Detour));
         }
-        known.enter();
-        count.taken.bump();
+        match way {
+            Copying::In => known.enter(),
+            Copying::Out => {
+                if !bytes.is_empty() {
+                    let _section = InFlight::enter(HookId::WRITE_CACHED);
+                    // SAFETY: In this very handler.
+                    if !unsafe { vcpu.write_shadow_page(bytes) } {
+                        return Some(Err(Reason::CopyUnusual));
+                    }
+                }
+                known.exit(key);
+            }
+        }
+        counters.path::<NUMBER>().taken.bump();
         Some(Ok(()))
     });
     match done.flatten() {
         Some(Ok(())) => Verdict::handled(0),
-        Some(Err(reason)) => copy_all(
-            Copying::In,
-            vcpu,
-            key,
-            reason,
-            cont,
-            [kvm, cache, data, len],
-        ),
+        Some(Err(reason)) => copy_all(way, vcpu, key, reason, cont, args),
         None => Verdict::STOCK,
     }
+}
+
+/// Handler of kvm_read_guest_cached().
+#[no_mangle]
+extern "C" fn mtk_on_read_cached(
+    kvm: usize,
+    cache: usize,
+    data: usize,
+    len: usize,
+    cont: Continuation,
+) -> Verdict {
+    copy(Copying::In, [kvm, cache, data, len], cont)
 }
 
 /// Handler of kvm_write_guest_cached().
@@ -139,50 +150,7 @@ extern "C" fn mtk_on_write_cached(
     len: usize,
     cont: Continuation,
 ) -> Verdict {
-    if len != LEN {
-        return Verdict::STOCK;
-    }
-    let Some(vcpu) = owner(cache, data) else {
-        return Verdict::STOCK;
-    };
-    let mode = mode();
-    let key = key(vcpu);
-    let done = state::with(vcpu, |local, counters| {
-        let known = &mut local.l2fields.known;
-        if mode == Mode::Off {
-            known.forget();
-            return None;
-        }
-        let plan = key.and_then(|key| Some((key, known.to_write(key)?)));
-        let Some((key, bytes)) = plan.filter(|_| mode == Mode::On) else {
-            return Some(Err(reason(known)));
-        };
-        if nested_switch::sends_away(&mut local.nested_switch, counters) {
-            return Some(Err(Reason::Detour));
-        }
-        if !bytes.is_empty() {
-            let _section = InFlight::enter(HookId::WRITE_CACHED);
-            // SAFETY: In this very handler.
-            if !unsafe { vcpu.write_shadow_page(bytes) } {
-                return Some(Err(Reason::CopyUnusual));
-            }
-        }
-        known.exit(key);
-        counters.path::<NUMBER>().taken.bump();
-        Some(Ok(()))
-    });
-    match done.flatten() {
-        Some(Ok(())) => Verdict::handled(0),
-        Some(Err(reason)) => copy_all(
-            Copying::Out,
-            vcpu,
-            key,
-            reason,
-            cont,
-            [kvm, cache, data, len],
-        ),
-        None => Verdict::STOCK,
-    }
+    copy(Copying::Out, [kvm, cache, data, len], cont)
 }
 
 /// Why a copy could not be spared, or shortened.
@@ -201,6 +169,17 @@ enum Copying {
     In,
     /// From KVM's copy to L1's memory.
     Out,
+}
+
+impl Copying {
+    /// The bytes that have to be copied, maybe none; `None` for all of them. Into KVM's copy it is nothing or all.
+    #[inline(always)]
+    fn bytes(self, known: &Known, key: Key) -> Option<Range<usize>> {
+        match self {
+            Copying::In => known.is_same(key).then_some(0..0),
+            Copying::Out => known.to_write(key),
+        }
+    }
 }
 
 /// Lets the stock code copy the whole page; `reason` matters in mode `on`.
@@ -225,11 +204,8 @@ fn copy_all(
             counters.path::<NUMBER>().fall_back(reason as usize);
             return;
         }
-        let but = key.and_then(|key| match way {
-            Copying::In => known.is_same(key).then_some(0..0),
-            Copying::Out => known.to_write(key),
-        });
-        but.into_iter()
+        key.and_then(|key| way.bytes(known, key))
+            .into_iter()
             .for_each(|but| compare(vcpu, but, counters.path::<NUMBER>()));
     });
     // SAFETY: This handler's continuation and the hooked function's own arguments.

@@ -29,6 +29,7 @@ use core::sync::atomic::{AtomicBool, Ordering};
 use kernel::prelude::*;
 
 const HOOK: HookId = HookId::GET_PAGES;
+
 /// kvm_intel lets guests have performance counters of the processor's (`enable_mediated_pmu`). Then
 /// nested_vmx_merge_pmu_msr_bitmaps() opens MSRs that are closed here.
 static MEDIATED_PMU: AtomicBool = AtomicBool::new(false);
