@@ -6,6 +6,10 @@
 //! Some fills later a block is judged by how much of it was used, too: little use halves the window. A fault costs as much
 //! as filling some eight entries, so that little means less than one in eight, beside the page of the fault itself.
 //! A guest whose faults never follow on one another pays nothing.
+//!
+//! Looking costs something even where there is nothing to fill: a hypervisor in the guest that maps eight pages at each fault of
+//! its own guest has faults that follow on one another, and nothing beyond them. So a fill in vain sends the window back to
+//! [`MIN`], and it does not grow for the next fault, then for the next three, and so on up to [`LONGEST`].
 
 /// Entries in a table.
 const TABLE: u64 = 512;
@@ -17,6 +21,8 @@ const NEAR: u64 = 32;
 pub const MIN: u8 = 3;
 /// Of the largest.
 pub const MAX: u8 = 9;
+/// Most faults for which the window stays as it is after fills in vain.
+pub const LONGEST: u8 = 63;
 /// Of that of a new vCPU.
 const START: u8 = MIN;
 
@@ -42,6 +48,9 @@ pub struct Window {
     log2: u8,
     fills: [Block; DELAY],
     next: u8,
+    /// Faults for which the window does not grow, and how many they were after the last fill in vain.
+    pause: u8,
+    last_pause: u8,
 }
 
 impl Default for Window {
@@ -58,6 +67,8 @@ impl Window {
             log2: START,
             fills: [NONE; DELAY],
             next: 0,
+            pause: 0,
+            last_pause: 0,
         }
     }
 
@@ -90,7 +101,9 @@ impl Window {
     ///
     /// The block has [`MIN`] entries if nothing is to be filled beyond what stock KVM does.
     pub fn fault(&mut self, page: u64, limit: u8) -> (Block, Block) {
-        if self.follows(page) {
+        if self.pause > 0 {
+            self.pause -= 1;
+        } else if self.follows(page) {
             self.grow(limit);
         } else {
             self.shrink();
@@ -106,6 +119,24 @@ impl Window {
         let due = slot.map_or(block, |slot| core::mem::replace(slot, block));
         let beyond_stock = due.count > 1 << MIN;
         (block, if beyond_stock { due } else { Block::default() })
+    }
+
+    /// Of a block of more than [`MIN`] entries so many were filled, and so many that are empty were not to be had. (Where
+    /// there was none of either, the block says nothing: most of it may have been there from before.)
+    pub fn filled(&mut self, filled: usize, wanting: usize) {
+        if filled > 0 {
+            self.last_pause = 0;
+        }
+        if filled > 0 || wanting == 0 {
+            return;
+        }
+        self.log2 = MIN;
+        self.last_pause = self
+            .last_pause
+            .saturating_mul(2)
+            .saturating_add(1)
+            .min(LONGEST);
+        self.pause = self.last_pause;
     }
 
     /// `used` of the `present` pages of a block have been accessed since.

@@ -3,7 +3,7 @@
 
 use policy::{
     ahead::{Ahead, LONGEST, MOST},
-    window::{Window, MAX, MIN},
+    window::{self, Window, MAX, MIN},
 };
 use proptest::prelude::*;
 use std::collections::BTreeSet;
@@ -18,12 +18,28 @@ fn fault(ahead: &mut Ahead, page: u64) -> u16 {
 }
 
 /// A guest whose every first touch of a page that is not there is a fault. Stock KVM brings 8 pages.
-#[derive(Default)]
 struct Guest {
     window: Window,
+    /// Pages that its hypervisor maps.
+    allows: fn(u64) -> bool,
     mapped: BTreeSet<u64>,
     touched: BTreeSet<u64>,
     faults: usize,
+    /// Fills beyond what stock does.
+    looks: usize,
+}
+
+impl Default for Guest {
+    fn default() -> Self {
+        Self {
+            window: Window::default(),
+            allows: |_| true,
+            mapped: BTreeSet::new(),
+            touched: BTreeSet::new(),
+            faults: 0,
+            looks: 0,
+        }
+    }
 }
 
 impl Guest {
@@ -41,8 +57,14 @@ impl Guest {
         );
         assert!((1 << MIN..=1 << MAX).contains(&block.count));
         self.mapped.extend((page & !7)..(page & !7) + 8);
-        self.mapped
-            .extend(block.first..block.first + u64::from(block.count));
+        if block.count > 1 << MIN {
+            self.looks += 1;
+            let all = block.first..block.first + u64::from(block.count);
+            let empty = all.filter(|page| !self.mapped.contains(page));
+            let (new, wanting): (Vec<_>, Vec<_>) = empty.partition(|page| (self.allows)(*page));
+            self.window.filled(new.len(), wanting.len());
+            self.mapped.extend(new);
+        }
         if due.count != 0 {
             let range = due.first..due.first + u64::from(due.count);
             let used = range.clone().filter(|p| self.touched.contains(p)).count();
@@ -105,6 +127,24 @@ fn a_habit_that_ends_is_forgotten() {
     scatter(&mut guest, 1000);
     let waste = beyond_stock(&guest) - before;
     assert!(waste <= 256 + 128 + 64 + 32 + 16 + 8, "{waste}");
+}
+
+#[test]
+fn where_nothing_is_to_be_had_it_hardly_looks() {
+    // As under a hypervisor that maps eight pages at each fault.
+    let mut guest = Guest {
+        allows: |_| false,
+        ..Guest::default()
+    };
+    (0..8 * 1024).for_each(|page| guest.touch(page));
+    assert_eq!(guest.faults, 1024);
+    let most = 1024 / usize::from(window::LONGEST) + 8;
+    assert!(guest.looks <= most, "{}", guest.looks);
+    // And finds out soon that there is something.
+    guest.allows = |_| true;
+    (8 * 1024..16 * 1024).for_each(|page| guest.touch(page));
+    let most = 1024 + usize::from(window::LONGEST) + 24;
+    assert!(guest.faults <= most, "{}", guest.faults);
 }
 
 proptest! {

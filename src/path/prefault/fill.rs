@@ -49,6 +49,8 @@ struct Outcome {
     mapped: usize,
     /// Entries that were filled.
     filled: usize,
+    /// Empty ones that EPT12 does not map, or not for us.
+    wanting: usize,
     /// Runs of pages that the host did not have.
     missed: usize,
     /// Why it ended early.
@@ -149,7 +151,11 @@ fn fill_pages(
 ) {
     let mut run: Option<Run> = None;
     for (index, page) in pages {
-        let Some(to) = page.filter(|to| to.gfn != APIC_FRAME && leaf.is_empty(index)) else {
+        if !leaf.is_empty(index) {
+            continue;
+        }
+        let Some(to) = page.filter(|to| to.gfn != APIC_FRAME) else {
+            out.wanting += 1;
             continue;
         };
         out.mapped += 1;
@@ -253,7 +259,9 @@ pub(super) fn around(vcpu: Vcpu, memory: &mut Memory, counters: &CounterSet, gpa
         }
     }
     if block.count > 1 << MIN {
-        count(counters, &fill(vcpu, &block, gpa >> 12, false));
+        let out = fill(vcpu, &block, gpa >> 12, false);
+        memory.window.filled(out.filled, out.wanting + out.missed);
+        count(counters, &out);
     }
 }
 

@@ -23,7 +23,7 @@ const SAMPLES: usize = 4096;
 const fn warm_up(level: u32) -> u32 {
     match level {
         0..=2 => 256,
-        3 => 32,
+        3 => 128,
         _ => 4,
     }
 }

@@ -23,8 +23,8 @@ use crate::vmx::{exit, field};
 
 /// Distance of the strided pattern, in pages.
 const STRIDE: usize = 16;
-/// Pieces of a pass.
-const PIECES: usize = 8;
+/// Pieces of a pass: so many that a piece is shorter than the time between two ticks of any level.
+const PIECES: usize = 32;
 /// Pages of a pass that is profiled.
 const PROFILED: u32 = 2048;
 
