@@ -48,7 +48,7 @@ static EXPECTED: &[Expected] = &expect! {
         force_msr_bitmap_recalc,
     }
     nested_vmx_msrs { misc_low, secondary_ctls_high }
-    loaded_vmcs { vmcs, shadow_vmcs, cpu, controls_shadow, msr_bitmap }
+    loaded_vmcs { vmcs, shadow_vmcs, cpu, launched, controls_shadow, msr_bitmap }
     vmcs_controls_shadow { vm_entry, vm_exit, exec, secondary_exec }
     vmcs12 {
         io_bitmap_a, vmcs_link_pointer, cr0_guest_host_mask, guest_cr0, host_cr0,

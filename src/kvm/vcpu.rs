@@ -149,6 +149,15 @@ impl Vcpu {
         vmx::physical(unsafe { (*loaded).vmcs }.cast())
     }
 
+    /// Whether KVM clears this shadow VMCS together with the VMCS that it has current, whatever makes that one leave this
+    /// CPU (`loaded_vmcs_clear()`). One that is only read then need not be cleared: it was active before.
+    #[inline(always)]
+    pub(crate) fn clears_with_loaded(self, shadow: *const bindings::vmcs) -> bool {
+        let loaded = read!(self, loaded_vmcs);
+        // SAFETY: KVM's own pointer to one of the vCPU's two `loaded_vmcs`.
+        unsafe { (*loaded).launched && core::ptr::eq((*loaded).shadow_vmcs, shadow) }
+    }
+
     /// Physical address of vmcs01's shadow VMCS; `None` without VMCS shadowing or outside VMX
     /// operation.
     #[inline(always)]

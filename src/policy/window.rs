@@ -36,6 +36,8 @@ pub struct Block {
 }
 
 impl Block {
+    const NONE: Block = Block { first: 0, count: 0 };
+
     /// The page after the last.
     fn end(&self) -> u64 {
         self.first.wrapping_add(u64::from(self.count))
@@ -62,10 +64,9 @@ impl Default for Window {
 impl Window {
     /// For a vCPU of which nothing is known.
     pub const fn new() -> Self {
-        const NONE: Block = Block { first: 0, count: 0 };
         Self {
             log2: START,
-            fills: [NONE; DELAY],
+            fills: [Block::NONE; DELAY],
             next: 0,
             pause: 0,
             last_pause: 0,
@@ -96,6 +97,11 @@ impl Window {
         })
     }
 
+    /// The blocks so far are not in the tables that are used now: nothing follows on them, nor can they be judged.
+    pub fn other_tables(&mut self) {
+        self.fills = [Block::NONE; DELAY];
+    }
+
     /// L2 has faulted on `page`: the block to fill, which has the page in it, and the block whose judgement is due
     /// (`count` 0 for none). `limit`: base-2 logarithm of the largest window that is allowed.
     ///
@@ -105,7 +111,7 @@ impl Window {
             self.pause -= 1;
         } else if self.follows(page) {
             self.grow(limit);
-        } else {
+        } else if self.fills.iter().any(|fill| fill.count != 0) {
             self.shrink();
         }
         self.log2 = self.log2.clamp(MIN, limit.clamp(MIN, MAX));

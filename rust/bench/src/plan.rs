@@ -19,7 +19,7 @@ const FEWEST_PAGES: u32 = 128;
 /// Instructions that the passes of a touch operation may take in one round.
 const TOUCH_BUDGET: f64 = 1e9;
 /// Fewest and most passes of a touch operation. The first may find what no other finds, so that one is too few.
-const PASSES: (f64, f64) = (2.0, 3.0);
+const PASSES: (f64, f64) = (2.0, 7.0);
 
 /// How much of each operation.
 #[derive(Clone, Copy, Debug, PartialEq)]

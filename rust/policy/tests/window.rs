@@ -130,6 +130,20 @@ fn a_habit_that_ends_is_forgotten() {
 }
 
 #[test]
+fn with_other_tables_the_window_stays() {
+    let mut guest = Guest::default();
+    (0..2048).for_each(|page| guest.touch(page));
+    for _ in 0..3 {
+        guest.mapped.clear();
+        guest.touched.clear();
+        guest.faults = 0;
+        guest.window.other_tables();
+        (0..2048).for_each(|page| guest.touch(page));
+        assert_eq!(guest.faults, 4);
+    }
+}
+
+#[test]
 fn where_nothing_is_to_be_had_it_hardly_looks() {
     // As under a hypervisor that maps eight pages at each fault.
     let mut guest = Guest {

@@ -222,6 +222,9 @@ impl Memory {
 
     /// shadow VMCS to vmcs12. Returns whether a learned field has changed.
     ///
+    /// Only read, and active before, vmcs01's shadow VMCS need not be cleared: it stays where L1 had it, and the next copy
+    /// to it finds it there.
+    ///
     /// # Safety
     ///
     /// The vCPU is loaded on this CPU with preemption off and the shadow VMCS is up to date.
@@ -265,7 +268,9 @@ impl Memory {
                     }
                 }
             });
-            vmx::vmclear(shadow);
+            if !vcpu.clears_with_loaded(pages.shadow) {
+                vmx::vmclear(shadow);
+            }
             vmx::vmptrld(vcpu.loaded_vmcs());
         }
         if self.checking {

@@ -216,7 +216,7 @@ impl Memory {
         self.stale = true;
     }
 
-    /// Brings KVM's copy of L2's shadow VMCS up to date.
+    /// Brings KVM's copy of L2's shadow VMCS up to date. The one that L2 used stays active, as it was.
     ///
     /// # Safety
     ///
@@ -242,7 +242,9 @@ impl Memory {
                         }
                     }
                 });
-                vmx::vmclear(shadow);
+                if !vcpu.clears_with_loaded(t.shadow.as_ptr()) {
+                    vmx::vmclear(shadow);
+                }
             }
             vmx::vmptrld(vcpu.loaded_vmcs());
         }

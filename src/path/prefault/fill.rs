@@ -251,6 +251,10 @@ pub(super) fn around(vcpu: Vcpu, memory: &mut Memory, counters: &CounterSet, gpa
         counters.fall_back(Reason::Unusual as usize);
         return;
     }
+    let root = vcpu.ept12_root();
+    if core::mem::replace(&mut memory.root, root) != root {
+        memory.window.other_tables();
+    }
     let (block, due) = memory.window.fault(gpa >> 12, super::limit());
     // In a guest accessed flags say nothing: what is filled has them.
     if due.count != 0 && !kvm::runs_on_hypervisor() {

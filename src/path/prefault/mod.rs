@@ -115,6 +115,8 @@ enum Reason {
 /// What the path remembers about a vCPU.
 pub(crate) struct Memory {
     window: Window,
+    /// The root of EPT12 that it was used on last.
+    root: u64,
     /// The page of the fault that L1 was told of last, and the root of EPT12 that it was on; (0, 0) for none.
     awaited: (u64, u64),
     /// When to walk all of EPT02.
@@ -125,6 +127,7 @@ impl Memory {
     /// Nothing yet.
     pub(crate) const NEW: Memory = Memory {
         window: Window::new(),
+        root: 0,
         awaited: (0, 0),
         chance: Detour::NEW,
     };

@@ -2,8 +2,8 @@
 //! First touches of pages, counted over whole passes: levels below fill several entries at one fault,
 //! so single touches fall into two kinds, and what they cost on average per page is what a guest feels.
 //!
-//! A pass is measured in pieces. A timer tick of some level costs as much as dozens of pages and falls into
-//! every pass of this length, but not into the same piece of each.
+//! A pass counts as a whole: where a level below fills entries ahead, a page costs nothing because another one
+//! has cost more, and not the same one in each pass. Timer ticks of every level fall into it, as they do for any guest.
 
 use core::arch::asm;
 use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering::Relaxed};
@@ -23,8 +23,6 @@ use crate::vmx::{exit, field};
 
 /// Distance of the strided pattern, in pages.
 const STRIDE: usize = 16;
-/// Pieces of a pass: so many that a piece is shorter than the time between two ticks of any level.
-const PIECES: usize = 32;
 /// Pages of a pass that is profiled.
 const PROFILED: u32 = 2048;
 
@@ -83,8 +81,8 @@ fn call() {
 }
 
 impl Meter {
-    /// Measures a touch operation: ticks per page, with the best, the middle and the worst of each piece
-    /// of the passes, and thousandths of an exit per page of the best.
+    /// Measures a touch operation: ticks per page of the best, the middle and the worst pass, and thousandths of an
+    /// exit per page of the best.
     pub(super) fn touch(&mut self, spec: OpSpec) -> Result<(Summary, u64), VmxError> {
         let pattern = spec.pattern.unwrap_or(Pattern::Sequential);
         let room = self.touch_pages / pattern.span(1) as u64;
@@ -98,7 +96,7 @@ impl Meter {
             Features::default(),
             &mut Registers::default(),
         )?;
-        let passes = (spec.passes as usize).min(self.samples.len() / PIECES - 1);
+        let passes = (spec.passes as usize).min(self.samples.len() - 1);
         for pass in 0..passes {
             match spec.op {
                 Op::TouchWarm | Op::TouchLarge | Op::TouchReflected => {
@@ -110,55 +108,33 @@ impl Meter {
         // Touched once more nothing is missing: that is what the loop itself costs.
         touch_all(&self.order[..pages as usize]);
         self.pass(passes, pages as usize);
-        let (measured, loops) = self.samples.split_at_mut(passes * PIECES);
-        let loop_cost: u64 = loops[..PIECES].iter().map(|sample| sample.ticks).sum();
-        let [mut best, mut middle, mut worst] = [Sample::default(); 3];
-        for piece in 0..PIECES {
-            let place = |rank: usize| piece + rank * PIECES;
-            // The samples of this piece, every PIECES-th, by selection: there are a few of them.
-            for rank in 0..passes {
-                let least = (rank..passes)
-                    .min_by_key(|&other| measured[place(other)].ticks)
-                    .unwrap_or(rank);
-                measured.swap(place(rank), place(least));
-            }
-            for (sum, rank) in [
-                (&mut best, 0),
-                (&mut middle, passes / 2),
-                (&mut worst, passes - 1),
-            ] {
-                sum.ticks += measured[place(rank)].ticks;
-                sum.exits += measured[place(rank)].exits;
-            }
-        }
+        let (measured, rest) = self.samples.split_at_mut(passes);
+        let loop_cost = rest[0].ticks;
+        measured.sort_unstable_by_key(|sample| sample.ticks);
+        let best = measured[0];
         let per_page = |sample: Sample| sample.ticks.saturating_sub(loop_cost).div_ceil(pages);
         let summary = Summary {
             min: per_page(best),
-            median: per_page(middle),
-            max: per_page(worst),
+            median: per_page(measured[passes / 2]),
+            max: per_page(measured[passes - 1]),
             n: (pages * passes as u64) as u32,
             disturbed: 0,
-            worst: per_page(worst),
+            worst: per_page(measured[passes - 1]),
             exits: best.exits / pages,
         };
         Ok((summary, best.exits * 1000 / pages))
     }
 
-    /// Touches the first `pages` pages of the order, and keeps what each piece cost as that of pass number
-    /// `pass`.
+    /// Touches the first `pages` pages of the order, and keeps what it cost as that of pass number `pass`.
     fn pass(&mut self, pass: usize, pages: usize) {
-        let length = pages.div_ceil(PIECES);
         let profile = WORK.profile.swap(false, Relaxed);
         if profile {
             // SAFETY: `Meter::profile` has seen that the backdoor answers.
             unsafe { cpu::xgetbv_known(backdoor::PROFILE_START) };
         }
-        for piece in 0..PIECES {
-            let range = (piece * length).min(pages)..((piece + 1) * length).min(pages);
-            let order = &self.order[range];
-            let sample = self.sample(&mut || touch_all(order));
-            self.samples[pass * PIECES + piece] = sample;
-        }
+        let order = &self.order[..pages];
+        let sample = self.sample(&mut || touch_all(order));
+        self.samples[pass] = sample;
         if profile {
             // SAFETY: as above.
             unsafe { cpu::xgetbv_known(backdoor::PROFILE_STOP) };
