@@ -40,5 +40,5 @@ pub(crate) fn runs_on_hypervisor() -> bool {
     ON_HYPERVISOR.load(Ordering::Relaxed)
 }
 
-pub(crate) use vcpu::Vcpu;
+pub(crate) use vcpu::{Held, Vcpu};
 pub(crate) use vmcs12::Vmcs12;

@@ -37,6 +37,31 @@ macro_rules! read {
 
 pub(super) use read;
 
+/// `vcpu->mutex`, which a thread holds for each ioctl on the vCPU, held by this one.
+pub(crate) struct Held(*mut kernel::bindings::mutex);
+
+impl Held {
+    /// Takes it if nobody has it.
+    ///
+    /// # Safety
+    ///
+    /// The vCPU is not freed before the result is dropped.
+    pub(crate) unsafe fn try_take(vcpu: *mut bindings::kvm_vcpu) -> Option<Self> {
+        // SAFETY: By this function's contract. The kernel crate's helper, since with lockdep this is a macro in C.
+        unsafe {
+            let mutex = (&raw mut (*vcpu).mutex).cast();
+            (kernel::bindings::mutex_trylock(mutex) != 0).then_some(Held(mutex))
+        }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // SAFETY: Taken by `try_take`, by this thread: a raw pointer is not `Send`.
+        unsafe { kernel::bindings::mutex_unlock(self.0) };
+    }
+}
+
 impl Vcpu {
     /// Views the vCPU that KVM passed to a hooked function.
     ///
@@ -296,12 +321,6 @@ impl Vcpu {
             return None;
         }
         Some(read!(self, vcpu.arch.regs[number]) as u64)
-    }
-
-    /// `vcpu->mutex`, which a thread holds for each ioctl.
-    pub(crate) fn mutex(vcpu: *mut bindings::kvm_vcpu) -> *mut bindings::mutex {
-        // SAFETY: Only an address is taken.
-        unsafe { &raw mut (*vcpu).mutex }
     }
 
     pub(super) fn register_is_available(self, reg: u32) -> bool {

@@ -5,7 +5,7 @@ use super::{fields, l2fields, CounterSet};
 use crate::{
     bindings,
     hook::{self, CallId, Continuation, HookId, Verdict},
-    kvm::{thread, Vcpu},
+    kvm::{thread, Held, Vcpu},
     state,
 };
 
@@ -77,15 +77,14 @@ pub(super) fn drain(sections: &[HookId], pending: fn(&CounterSet) -> bool, give_
             if !pending(counters) {
                 return;
             }
-            let mutex = Vcpu::mutex(raw);
             // SAFETY: The vCPU cannot be freed: its state is dropped first, which waits for us.
-            if unsafe { bindings::mutex_trylock(mutex) } == 0 {
+            let Some(held) = (unsafe { Held::try_take(raw) }) else {
                 left += 1;
                 if rounds >= PATIENCE {
                     send_out(raw, counters);
                 }
                 return;
-            }
+            };
             // SAFETY: The mutex is held, as for an ioctl on the vCPU, which loads it the same way.
             unsafe {
                 let args = [raw as usize];
@@ -93,8 +92,8 @@ pub(super) fn drain(sections: &[HookId], pending: fn(&CounterSet) -> bool, give_
                     give_back(Vcpu::from_hook(raw));
                     CallId::VCPU_PUT.call(args);
                 }
-                bindings::mutex_unlock(mutex);
             }
+            drop(held);
             left += usize::from(pending(counters));
         });
         if left == 0 {

@@ -28,7 +28,7 @@ use crate::{
     hook::{CallId, Continuation, HookId, InFlight, Verdict},
     kvm::{
         fields::{self, Number, FIELDS},
-        Vcpu,
+        Held, Vcpu,
     },
     policy::mode::Mode,
     state,
@@ -295,20 +295,24 @@ pub(super) fn retire(raw: *mut bindings::kvm_vcpu) {
     if state::with(vcpu, |_, counters| counters.l2fields.is_serving()) != Some(true) {
         return;
     }
-    let mutex = Vcpu::mutex(raw);
     let args = [raw as usize];
-    // SAFETY: As nested_vmx_free_vcpu() itself is about to do. Whoever else gives vCPUs back (`drain`) does it under
-    // the mutex, too, which nobody holds for long when the VM is gone.
-    unsafe {
-        while bindings::mutex_trylock(mutex) == 0 {
-            bindings::msleep(1);
+    // Whoever else gives vCPUs back (`drain`) does it under the mutex, too, which nobody holds for long when the VM is gone.
+    let held = loop {
+        // SAFETY: The vCPU is freed after this function.
+        if let Some(held) = unsafe { Held::try_take(raw) } {
+            break held;
         }
+        // SAFETY: Process context.
+        unsafe { bindings::msleep(1) };
+    };
+    // SAFETY: As nested_vmx_free_vcpu() itself is about to do.
+    unsafe {
         if CallId::VCPU_LOAD.call(args).is_some() {
             withdraw(vcpu);
             CallId::VCPU_PUT.call(args);
         }
-        bindings::mutex_unlock(mutex);
     }
+    drop(held);
 }
 
 /// On each entry of the guest while the path is being switched off.
