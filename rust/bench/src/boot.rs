@@ -13,9 +13,6 @@ use crate::report::{Counts, Row};
 use crate::session::ended_well;
 use crate::{host, Failure};
 
-/// Boots of which a row is made.
-const BOOTS: usize = 3;
-
 /// What L0 does while a stack boots.
 struct Booting<'a> {
     depth: u32,
@@ -43,7 +40,7 @@ impl Handler for Booting<'_> {
     }
 }
 
-/// Boots a stack of `depth` some times for each of `configs`, and stock again at the end if there are
+/// Boots a stack of `depth` once for each of `configs`, and stock once more at the end if there are
 /// others: the rows, and stock's second one.
 pub fn boots(
     args: &BenchArgs,
@@ -58,55 +55,22 @@ pub fn boots(
     for (config, is_again) in first.chain(last) {
         progress.round(depth, config);
         progress.operation(Op::Boot);
-        let mut measured = Vec::new();
-        for _ in 0..BOOTS {
-            measured.push(once(args, depth, config, progress)?);
-            progress.advance(weight(depth) / BOOTS as f64);
-        }
-        let row = row(depth, config, measured);
+        let row = once(args, depth, config, progress)?;
         match is_again {
             true => again.push(row),
             false => rows.push(row),
         }
+        progress.advance(weight(depth));
     }
     Ok(())
 }
 
-/// What the boots of a row cost, as weight for the progress display: measured, in instructions.
+/// What a boot of a stack costs, as weight for the progress display: measured, in instructions.
 pub fn weight(depth: u32) -> f64 {
-    BOOTS as f64 * 0.5e9 * 3f64.powi(depth as i32 - 1)
+    0.5e9 * 3f64.powi(depth as i32 - 1)
 }
 
-/// The row of some boots, and the host's resident memory after the last.
-fn row(depth: u32, config: Config, mut boots: Vec<(Boot, Option<u64>)>) -> Row {
-    let resident_kib = boots.last().and_then(|(_, resident)| *resident);
-    boots.sort_by_key(|(boot, _)| boot.ticks);
-    let ticks = |at: usize| boots.get(at).map_or(0, |(boot, _)| boot.ticks);
-    let last = boots.len().saturating_sub(1);
-    Row {
-        op: Op::Boot.name().into(),
-        depth,
-        config: config.name().into(),
-        pattern: None,
-        instructions: Counts {
-            min: ticks(0),
-            median: ticks(boots.len() / 2),
-            max: ticks(last),
-            n: boots.len() as u32,
-            worst: ticks(last),
-        },
-        l0_exits: boots.first().and_then(|(boot, _)| Some(boot.exits? as f64)),
-        disturbed: 0,
-        resident_kib,
-    }
-}
-
-fn once(
-    args: &BenchArgs,
-    depth: u32,
-    config: Config,
-    progress: &Progress,
-) -> Result<(Boot, Option<u64>), Failure> {
+fn once(args: &BenchArgs, depth: u32, config: Config, progress: &Progress) -> Result<Row, Failure> {
     let spec = Spec {
         config: Some(config as u8),
         exit_counter: vmm::backdoor::present(),
@@ -122,9 +86,26 @@ fn once(
     };
     let outcome = stack::run(&spec, &args.files(), args.local(), &mut booting)?;
     ended_well(depth, &outcome.exit)?;
-    let boot = booting.boot.ok_or_else(|| {
-        let what = format!("L{depth}'s Linux ended without saying that it had booted");
-        Failure(crate::Code::Guest, what)
-    })?;
-    Ok((boot, booting.resident_kib))
+    let Some(boot) = booting.boot else {
+        return Err(Failure(
+            crate::Code::Guest,
+            format!("L{depth}'s Linux ended without saying that it had booted"),
+        ));
+    };
+    Ok(Row {
+        op: Op::Boot.name().into(),
+        depth,
+        config: config.name().into(),
+        pattern: None,
+        instructions: Counts {
+            min: boot.ticks,
+            median: boot.ticks,
+            max: boot.ticks,
+            n: 1,
+            worst: boot.ticks,
+        },
+        l0_exits: boot.exits.map(|exits| exits as f64),
+        disturbed: 0,
+        resident_kib: booting.resident_kib,
+    })
 }

@@ -8,10 +8,10 @@ const PER_LEVEL: f64 = 18.0;
 /// The same for the touch of a page, part of which is work of the levels above.
 const PER_LEVEL_TOUCH: f64 = 8.0;
 /// Instructions that the samples of one operation may take in one round.
-const BUDGET: f64 = 150e6;
+const BUDGET: f64 = 100e6;
 /// Fewest and most samples. What the module learns, it puts to the test now and then, for some hundred switches in all:
 /// with as many samples both what a test costs and what it spares are seen in each run, and the minimum is the same.
-const SAMPLES: (f64, f64) = (9.0, 600.0);
+const SAMPLES: (f64, f64) = (9.0, 400.0);
 /// Pages of a pass by default, where it costs what is reasonable: four tables of the last level.
 const PAGES: u32 = 2048;
 /// Fewest pages of a pass by default.
@@ -19,7 +19,7 @@ const FEWEST_PAGES: u32 = 128;
 /// Instructions that the passes of a touch operation may take in one round.
 const TOUCH_BUDGET: f64 = 1e9;
 /// Fewest and most passes of a touch operation. The first may find what no other finds, so that one is too few.
-const PASSES: (f64, f64) = (2.0, 7.0);
+const PASSES: (f64, f64) = (2.0, 3.0);
 
 /// How much of each operation.
 #[derive(Clone, Copy, Debug, PartialEq)]
