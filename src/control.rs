@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Who may be attached when: modes that were asked for, the coming and going of kvm_intel, and what
 //! follows for hooks and per-vCPU state. Everything here happens under one mutex that no handler
-//! takes.
+//! takes. What has to be read from files of the kernel's is read before, under a mutex of its own: our own files take
+//! the first one inside the locks of a file.
 
 use crate::{
     alloc, bindings,
@@ -68,6 +69,8 @@ struct Control {
     trouble: [Option<Trouble>; path::COUNT],
     /// Exit accounting was asked for.
     accounting: bool,
+    /// How often kvm_intel has gone.
+    departures: u32,
     attached: [Option<Attached>; hook::COUNT],
 }
 
@@ -78,8 +81,14 @@ kernel::sync::global_lock! {
         wanted: [Mode::Off; path::COUNT],
         trouble: [None; path::COUNT],
         accounting: false,
+        departures: 0,
         attached: [const { None }; hook::COUNT],
     };
+}
+
+kernel::sync::global_lock! {
+    // SAFETY: As above.
+    unsafe(uninit) static LOOKING: Mutex<()> = ();
 }
 
 /// Must be called once before anything else here.
@@ -89,7 +98,19 @@ kernel::sync::global_lock! {
 /// Not more than once in the module's life.
 pub(crate) unsafe fn init() {
     // SAFETY: By this function's contract.
-    unsafe { CONTROL.init() };
+    unsafe {
+        CONTROL.init();
+        LOOKING.init();
+    }
+}
+
+/// Looks at the kvm_intel that is loaded. May sleep, reads files.
+fn look(fault: usize) -> Result<layout::Prototypes, layout::Mismatch> {
+    let prototypes = layout::check(fault)?;
+    checks::prepare();
+    kvm::prepare();
+    nested_switch::prepare();
+    Ok(prototypes)
 }
 
 impl Control {
@@ -216,8 +237,8 @@ impl Control {
         exits::set_counting(self.accounting);
     }
 
-    fn meet(&mut self, fault: usize) {
-        match layout::check(fault) {
+    fn meet(&mut self, found: Result<layout::Prototypes, layout::Mismatch>) {
+        match found {
             Ok(prototypes) => {
                 for (n, p) in path::PATHS.iter().enumerate() {
                     let hook = p
@@ -231,9 +252,6 @@ impl Control {
                     }
                 }
                 self.target = Target::Ready(prototypes);
-                checks::prepare();
-                kvm::prepare();
-                nested_switch::prepare();
             }
             Err(mismatch) => self.target = Target::Refused(mismatch),
         }
@@ -264,8 +282,16 @@ impl kernel::fmt::Display for Show<&layout::Mismatch> {
 /// kvm_intel is there (at load, or because it was loaded just now): look at it and attach what was
 /// asked for. `EINVAL` if its layout differs, and the log has the structure's name; `ENOMEM`.
 pub(crate) fn kvm_intel_came(fault: usize) -> Result {
+    // Held until what was found is put to use: who looks later has the last word.
+    let _looking = LOOKING.lock();
+    let departures = CONTROL.lock().departures;
+    let found = look(fault);
     let mut control = CONTROL.lock();
-    control.meet(fault);
+    if control.departures != departures {
+        // It is gone again, and the notifier tells of the next.
+        return Ok(());
+    }
+    control.meet(found);
     control.apply();
     if let Target::Refused(mismatch) = &control.target {
         pr_err!("{}\n", Show(mismatch));
@@ -281,6 +307,7 @@ pub(crate) fn kvm_intel_came(fault: usize) -> Result {
 pub(crate) fn kvm_intel_goes() {
     let mut control = CONTROL.lock();
     control.target = Target::Absent;
+    control.departures = control.departures.wrapping_add(1);
     control.apply();
 }
 

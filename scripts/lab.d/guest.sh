@@ -22,7 +22,7 @@ use_debug() {
 	[ -f "$SCRIPTS/debug-$1.config" ] || die "there is no kernel of the kind $1" "Kinds: $(debug_kinds)"
 	# Where rustc instruments as well, its LLVM and the C compiler's must be one.
 	DEBUG_CC=$(sed -n 's/^# CC=//p' "$SCRIPTS/debug-$1.config")
-	DEBUG_DIR=$CACHE/debug-$1-$KVER-$(key "$SCRIPTS/guest.config" "$SCRIPTS/debug-$1.config" "$KVER" layout-1)
+	DEBUG_DIR=$CACHE/debug-$1-$KVER-$(key "$SCRIPTS/guest.config" "$SCRIPTS/debug-$1.config" "$(kept_functions)" "$KVER" layout-2)
 	DVER=
 	[ ! -s "$DEBUG_DIR/release" ] || DVER=$(cat -- "$DEBUG_DIR/release")
 }
@@ -46,6 +46,25 @@ merged() {
 		{ line[name] = $0 }
 		END { for (i = 1; i <= n; i++) print line[order[i]] }
 	' "$@"
+}
+
+# kept_functions: the names of all functions of KVM's that the module hooks or calls, as alternatives of a pattern.
+kept_functions() {
+	sed -nE 's/^\t(HOOK|CALL)\([a-z0-9_]+, [a-z_]+, ([A-Za-z0-9_]+), .*/\2/p' "$SCRIPTS/../include/hooks.h" | sort -u | paste -sd'|'
+}
+
+# keep_functions BUILD: what the module hooks or calls stays a function of its own. Stock's compiler, with stock's options,
+# leaves it alone; another one inlines a few, and the paths that need them would stay off in a kernel made to test them.
+keep_functions() {
+	local build=$1 names types='([a-z_0-9]+ )*[a-z_0-9]+ \*?'
+	[ ! -e "$build/functions.kept" ] || return 0
+	names=$(kept_functions)
+	[ -n "$names" ] || die "include/hooks.h has no table" "Is this checkout complete? git status"
+	find "$build/arch/x86/kvm" "$build/virt/kvm" -name '*.[ch]' -exec sed -i -E \
+		-e "s/^static (inline |__always_inline )?($types)($names)\(/static noinline \2\4(/" {} +
+	find "$build/arch/x86/kvm" "$build/virt/kvm" -name '*.c' -exec sed -i -E \
+		-e "/^static/!s/^($types)($names)\(/noinline \1\3(/" {} +
+	: >"$build/functions.kept"
 }
 
 # configure_own BUILD FRAGMENT...: allnoconfig with our lines on top; a line that Kconfig did not follow is an error, because a
@@ -103,6 +122,9 @@ build_guest() { build_own "$GUEST_DIR" "$SCRIPTS/guest.config"; }
 # build_debug: L0's boot loader and the emulator's runner look for it under the names that a stock kernel has.
 build_debug() {
 	local KERNEL_CC=${DEBUG_CC:-$KERNEL_CC}
+	mkdir -p -- "$DEBUG_DIR"
+	copy_source "$DEBUG_DIR/build"
+	keep_functions "$DEBUG_DIR/build"
 	build_own "$DEBUG_DIR" "$SCRIPTS/guest.config" "$SCRIPTS/debug-$DEBUG_KIND.config"
 	ln -sf bzImage "$DEBUG_DIR/vmlinuz"
 }
