@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Guest-physical memory, through the memory slots of the VM and the address space of its VMM.
 
-use super::{vcpu::read, Vcpu};
+use super::{srcu::ReadLock, vcpu::read, Vcpu};
 use crate::{bindings, hook::CallId};
 use core::{arch::asm, marker::PhantomData, mem::MaybeUninit};
 use kernel::uaccess::{UserPtr, UserSlice};
@@ -185,18 +185,14 @@ pub(crate) fn read_host_u64(address: u64) -> Option<u64> {
 }
 
 /// KVM's SRCU lock, held.
-pub(crate) struct SrcuGuard {
-    kvm: *mut bindings::kvm,
-    index: i32,
-}
+pub(crate) struct SrcuGuard(ReadLock);
 
 impl SrcuGuard {
     /// Takes the lock for reading, which KVM itself may hold already.
     pub(crate) fn take(vcpu: Vcpu) -> Self {
         let kvm = read!(vcpu, vcpu.kvm);
         // SAFETY: A vCPU's VM outlives it.
-        let index = unsafe { bindings::__srcu_read_lock(&raw mut (*kvm).srcu) };
-        Self { kvm, index }
+        Self(unsafe { ReadLock::take(kvm) })
     }
 
     /// `kvm_write_guest_page()`: writes a page of the VM's ordinary memory (not SMRAM) and marks it
@@ -210,19 +206,12 @@ impl SrcuGuard {
         // SAFETY: By this function's contract and under SRCU.
         unsafe {
             CallId::WRITE_GUEST_PAGE.call([
-                self.kvm as usize,
+                self.0.kvm() as usize,
                 (gpa >> 12) as usize,
                 from as usize,
                 0,
                 PAGE,
             ])
         };
-    }
-}
-
-impl Drop for SrcuGuard {
-    fn drop(&mut self) {
-        // SAFETY: Taken by `take`.
-        unsafe { bindings::__srcu_read_unlock(&raw mut (*self.kvm).srcu, self.index) };
     }
 }

@@ -13,6 +13,7 @@ pub(crate) mod nested;
 pub(crate) mod shadow_copy;
 pub(crate) mod shadow_mmu;
 pub(crate) mod shadow_page;
+mod srcu;
 pub(crate) mod tdp;
 pub(crate) mod thread;
 pub(crate) mod vcpu;

@@ -6,6 +6,7 @@
 
 use super::{
     ept02::{shadow_page, ADDRESS, ENTRIES, HUGE, PRESENT},
+    srcu::ReadLock,
     vcpu::read,
     Vcpu,
 };
@@ -84,11 +85,14 @@ impl Vm {
     /// The current task has the VMM's address space. It does not hold `mmu_lock`.
     pub(crate) unsafe fn lock(&self) -> Tables<'_> {
         // SAFETY: By the invariants of `Vm`.
-        let srcu = unsafe { bindings::__srcu_read_lock(&raw mut (*self.kvm).srcu) };
+        let srcu = unsafe { ReadLock::take(self.kvm) };
         // SAFETY: As above, and by this function's contract.
         unsafe { bindings::_raw_write_lock(&raw mut (*self.kvm).mmu_lock) };
         // INVARIANT: Both are held until `drop`.
-        Tables { vm: self, srcu }
+        Tables {
+            vm: self,
+            _srcu: srcu,
+        }
     }
 }
 
@@ -100,16 +104,13 @@ impl Vm {
 /// fast_page_fault() restores, and KVM's SRCU lock, so that slots stay. The current task has the VMM's address space.
 pub(crate) struct Tables<'v> {
     vm: &'v Vm,
-    srcu: i32,
+    _srcu: ReadLock,
 }
 
 impl Drop for Tables<'_> {
     fn drop(&mut self) {
         // SAFETY: Taken in `lock`.
-        unsafe {
-            bindings::_raw_write_unlock(&raw mut (*self.vm.kvm).mmu_lock);
-            bindings::__srcu_read_unlock(&raw mut (*self.vm.kvm).srcu, self.srcu);
-        }
+        unsafe { bindings::_raw_write_unlock(&raw mut (*self.vm.kvm).mmu_lock) };
     }
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! Are these the counts of last time?
 
-use crate::report::{Report, Row};
+use crate::report::{Counts, Report, Row};
 
 /// What a comparison found.
 #[derive(Debug, Default, PartialEq)]
@@ -40,7 +40,8 @@ fn off(now: u64, then: u64, slack: u64) -> f64 {
 /// The difference between two measurements of the same, if it is over `tolerance` per cent of the
 /// minimum and over `slack` instructions, or over as much of the exits.
 pub fn difference(now: &Row, then: &Row, tolerance: f64, slack: u64) -> Option<String> {
-    let (min, before) = (now.instructions.min, then.instructions.min);
+    let Counts { min, .. } = now.instructions;
+    let before = then.instructions.min;
     let instructions = off(min, before, slack);
     if instructions.abs() > tolerance {
         return Some(format!(
@@ -48,23 +49,6 @@ pub fn difference(now: &Row, then: &Row, tolerance: f64, slack: u64) -> Option<S
             title(now)
         ));
     }
-    difference_of_exits(now, then, tolerance)
-}
-
-/// The same for two measurements of what has a range: it is none if anything between minimum and median of the one is as
-/// near as that to anything between those of the other.
-pub fn difference_of_ranges(now: &Row, then: &Row, tolerance: f64, slack: u64) -> Option<String> {
-    let (mut low, mut high) = (&now.instructions, &then.instructions);
-    if low.min > high.min {
-        (low, high) = (high, low);
-    }
-    match off(high.min, low.median.min(high.min), slack) > tolerance {
-        true => difference(now, then, tolerance, slack),
-        false => difference_of_exits(now, then, tolerance),
-    }
-}
-
-fn difference_of_exits(now: &Row, then: &Row, tolerance: f64) -> Option<String> {
     let (exits, before) = (now.l0_exits?, then.l0_exits?);
     let apart = (exits - before).abs();
     (apart > before * tolerance / 100.0 && apart > 0.002)

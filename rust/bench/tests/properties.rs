@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! What holds for any samples, rows and reports, not only for those of one machine.
 
-use bench::compare::{compare, difference, difference_of_ranges};
+use bench::compare::{compare, difference};
 use bench::report::{Counts, Report, Row, SCHEMA};
 use proptest::prelude::*;
 use protocol::{stats, Config, Line, Op, OpSpec, Pattern, Sample};
@@ -148,29 +148,6 @@ proptest! {
         let found = compare(&[slower], &report(vec![row(min, None)]), 1.0);
         prop_assert_eq!((found.same, found.differences.len()), (0, 1));
     }
-}
-
-#[test]
-fn ranges_that_meet_are_the_same() {
-    let range = |min, median| {
-        let mut row = row(min, Some(1.4));
-        row.instructions.median = median;
-        row
-    };
-    let differs = |a: Row, b: Row| {
-        let both = [
-            difference_of_ranges(&a, &b, 1.0, 2).is_some(),
-            difference_of_ranges(&b, &a, 1.0, 2).is_some(),
-        ];
-        assert_eq!(both[0], both[1]);
-        both[0]
-    };
-    assert!(!differs(range(9062, 9752), range(9561, 9668)));
-    assert!(!differs(range(9829, 9960), range(9671, 9792)));
-    assert!(differs(range(9829, 9960), range(9600, 9700)));
-    let mut more = range(1000, 1000);
-    more.l0_exits = Some(1.5);
-    assert!(differs(more, range(1000, 1000)));
 }
 
 #[test]
