@@ -24,15 +24,23 @@ pub(crate) mod vmcs12_pages;
 pub(crate) mod vmread;
 pub(crate) mod vmx;
 
+use crate::layout;
 use core::sync::atomic::{AtomicBool, Ordering};
 
 static ON_HYPERVISOR: AtomicBool = AtomicBool::new(false);
+static USES_EPT: AtomicBool = AtomicBool::new(false);
 
-/// Finds out what does not change while the kernel runs.
+/// Finds out what does not change while kvm_intel is loaded. Reads a file.
 pub(crate) fn prepare() {
     // SAFETY: Every 64-bit processor has leaf 1.
     let leaf = unsafe { core::arch::x86_64::__cpuid(1) };
     ON_HYPERVISOR.store(leaf.ecx >> 31 != 0, Ordering::Relaxed);
+    USES_EPT.store(layout::module_flag("kvm_intel", "ept"), Ordering::Relaxed);
+}
+
+/// Whether kvm_intel was loaded with EPT on.
+pub(crate) fn uses_ept() -> bool {
+    USES_EPT.load(Ordering::Relaxed)
 }
 
 /// Whether this kernel runs on a hypervisor (CPUID.1:ECX bit 31).

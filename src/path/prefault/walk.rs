@@ -13,11 +13,11 @@ use super::{fill::RIGHTS, Memory, NUMBER};
 use crate::{
     bindings,
     kvm::{
+        self,
         shadow_mmu::{Cursor, Next, Table, Tables, Vm, CHUNK},
         visit::visit,
         Vcpu,
     },
-    layout,
     path::CounterSet,
     policy::{
         detour::Rate,
@@ -326,7 +326,7 @@ fn account(report: &Report) {
 /// The file `ept02` in debugfs: walks the tables of every VM of which a vCPU has a state. May sleep.
 pub(crate) fn show(f: &mut fmt::Formatter<'_>) -> fmt::Result {
     let mut report = Report::default();
-    if layout::module_flag("kvm_intel", "ept") {
+    if kvm::uses_ept() {
         let mut vms: [Option<Vm>; VMS] = [None; VMS];
         state::for_each_vcpu(|raw, _| {
             // SAFETY: Neither vCPU nor VM goes meanwhile.
