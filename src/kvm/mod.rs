@@ -10,6 +10,7 @@ pub(crate) mod host_state;
 pub(crate) mod lapic;
 pub(crate) mod mmu;
 pub(crate) mod nested;
+pub(crate) mod region;
 pub(crate) mod shadow_copy;
 pub(crate) mod shadow_mmu;
 pub(crate) mod shadow_page;

@@ -58,18 +58,20 @@ impl Vcpu {
         }
     }
 
-    /// The other way round; L2's accesses exit again. `shadow` is clear afterwards.
+    /// The other way round; L2's accesses exit again. `shadow` is clear afterwards; `active` if it may not be yet.
     ///
     /// # Safety
     ///
     /// vmcs02 is loaded, preemption is off, and `serve_l2` was called with `shadow`.
-    pub(crate) unsafe fn stop_serving_l2(self, shadow: *mut bindings::vmcs) {
+    pub(crate) unsafe fn stop_serving_l2(self, shadow: *mut bindings::vmcs, active: bool) {
         // SAFETY: By this function's contract.
         unsafe {
             self.set_vmcs02_shadowing(false);
             vmx::vmwrite(VMCS_LINK_POINTER, u64::MAX);
             // Cleared before KVM forgets it, so that a migration in between clears it on the old CPU.
-            vmx::vmclear(vmx::physical(shadow.cast()));
+            if active {
+                vmx::vmclear(vmx::physical(shadow.cast()));
+            }
             (&raw mut (*self.raw()).nested.vmcs02.shadow_vmcs).write(core::ptr::null_mut());
         }
     }
@@ -95,9 +97,10 @@ impl Vcpu {
         }
     }
 
-    /// A pointer to vmcs01's shadow VMCS, to make another one like it.
-    pub(crate) fn shadow_vmcs01(self) -> Option<*const bindings::vmcs> {
+    /// A pointer to vmcs01's shadow VMCS.
+    #[inline(always)]
+    pub(crate) fn shadow_vmcs01(self) -> Option<*mut bindings::vmcs> {
         let shadow = read!(self, vmcs01.shadow_vmcs);
-        (!shadow.is_null()).then_some(shadow.cast_const())
+        (!shadow.is_null()).then_some(shadow)
     }
 }

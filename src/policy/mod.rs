@@ -18,5 +18,6 @@ pub mod reach;
 pub mod role;
 pub mod segments;
 pub mod set;
+pub mod trial;
 pub mod ways;
 pub mod window;

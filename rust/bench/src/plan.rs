@@ -19,8 +19,10 @@ const FEWEST_PAGES: u32 = 128;
 /// Instructions that the passes of a touch operation may take in one round.
 const TOUCH_BUDGET: f64 = 1e9;
 /// Fewest and most passes of a touch operation, beside one that does not count. A pass at depth 3 differs from the next by
-/// two per cent.
-const PASSES: (f64, f64) = (3.0, 3.0);
+/// two per cent; so does a short one that the host's timer happens to interrupt.
+const PASSES: (f64, f64) = (3.0, 8.0);
+/// Instructions that all passes may take where they are more than the fewest.
+const MORE_PASSES: f64 = 50e6;
 
 /// How much of each operation.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -132,7 +134,9 @@ pub fn stacks(ops: &[Op], depths: &[u32], patterns: &[Pattern], amount: Amount) 
                 });
             for spec in specs(op, level, patterns, amount) {
                 if !stacks[at].specs.contains(&spec) {
-                    stacks[at].cost += cost(op, level) * spec.count as f64 * spec.passes as f64;
+                    // One pass of touches does not count.
+                    let passes = spec.passes + u32::from(op.is_touch());
+                    stacks[at].cost += cost(op, level) * spec.count as f64 * passes as f64;
                     stacks[at].specs.push(spec);
                 }
             }
@@ -161,7 +165,7 @@ fn specs(op: Op, level: u32, patterns: &[Pattern], amount: Amount) -> Vec<OpSpec
         }];
     }
     let pages = wanted.unwrap_or_else(|| pages(op, level));
-    let affordable = TOUCH_BUDGET / (cost(op, level) * pages as f64);
+    let affordable = MORE_PASSES / (cost(op, level) * pages as f64);
     let passes = (affordable.clamp(PASSES.0, PASSES.1) * scale).max(1.0) as u32;
     let spec = |&pattern| OpSpec {
         op,

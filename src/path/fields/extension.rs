@@ -39,6 +39,8 @@ pub(super) struct Extension {
     /// Whether the processor drops the reserved bits of access rights as KVM does; `None` before it
     /// was tried.
     pub(super) drops_reserved: Option<bool>,
+    /// The fields of all these lists can be read and written in the region of the shadow VMCS.
+    pub(super) in_region: bool,
     /// Taken to keep preemption off; never contended.
     #[pin]
     pub(super) quiet: SpinLock<()>,
@@ -100,6 +102,7 @@ impl Extension {
                 learned: List::EMPTY,
                 late: false,
                 drops_reserved: None,
+                in_region: false,
                 quiet <- new_spinlock!(()),
             }),
             GFP_KERNEL_ACCOUNT | __GFP_NOWARN,

@@ -100,6 +100,12 @@ impl<const N: usize> List<N> {
         true
     }
 
+    /// All fields, of whatever width.
+    pub(in crate::path) fn all(&self) -> impl Iterator<Item = &Entry> + Clone {
+        let each = self.entries.iter().zip(&self.lens);
+        each.flat_map(|(entries, &len)| entries.get(..len).unwrap_or_default())
+    }
+
     /// The fields of one width: 0 for 16 bits, 1 for 32, 2 for 64.
     #[inline(always)]
     pub(in crate::path) fn of<const CLASS: usize>(&self) -> &[Entry] {

@@ -4,13 +4,14 @@
 use super::{
     extension::{drops_reserved, Extension},
     knobs,
-    lists::{for_each_width, Bitmap, Entry, List},
+    lists::{for_each_width, Bitmap, List},
     BUDGET, STOCK,
 };
 use crate::{
     kvm::{
         fields::{Class, Number, FIELDS},
         nested::Pages,
+        region::{self, Current, Region},
         vmx, Vcpu, Vmcs12,
     },
     path::{learned::Published, vmptrld::Regions, Counters},
@@ -77,6 +78,8 @@ pub(crate) struct Memory {
     pub(super) checking: bool,
     /// In mode `check`: fields that L1 wrote since the last copy, which the shadow VMCS lacks.
     pub(super) written: Set,
+    /// L1 may have run with the shadow VMCS since it was last cleared to be read in its region.
+    active: bool,
 }
 
 impl Memory {
@@ -90,6 +93,7 @@ impl Memory {
         stale: true,
         checking: false,
         written: Set::EMPTY,
+        active: true,
     };
 
     /// Whether a field of this class may be shadowed for this L1.
@@ -223,62 +227,44 @@ impl Memory {
     /// shadow VMCS to vmcs12. Returns whether a learned field has changed.
     ///
     /// Only read, and active before, vmcs01's shadow VMCS need not be cleared: it stays where L1 had it, and the next copy
-    /// to it finds it there.
+    /// to it finds it there. Read in its region it is, before.
     ///
     /// # Safety
     ///
     /// The vCPU is loaded on this CPU with preemption off and the shadow VMCS is up to date.
     #[inline]
-    #[allow(clippy::useless_conversion, reason = "one text for three widths")]
     pub(super) unsafe fn save(&mut self, vcpu: Vcpu, pages: Pages, count: &Counters) -> bool {
         let Some(ext) = self.extension.as_ref() else {
             return false;
         };
         let shadow = vmx::physical(pages.shadow.cast());
-        let base = pages.vmcs12.cast::<u8>();
-        let (mut changed, mut saved) = (false, 0);
+        let (base, checking) = (pages.vmcs12.cast::<u8>(), self.checking);
         // SAFETY: By this function's contract; the loaded VMCS is made current again below, as in
-        // KVM's own copy_shadow_to_vmcs12(). Entries have offsets of fields of vmcs12 with their
-        // widths.
-        unsafe {
-            if !vmx::load_shadow(shadow) {
+        // KVM's own copy_shadow_to_vmcs12().
+        let found = unsafe {
+            if ext.in_region && vmx::vmclear(shadow) {
+                self.active = false;
+                let region = Region::new(pages.shadow);
+                ext.copy_out(region, base, checking, &self.written, count)
+            } else if vmx::load_shadow(shadow) {
+                let found = ext.copy_out(Current, base, checking, &self.written, count);
+                if !vcpu.clears_with_loaded(pages.shadow) {
+                    vmx::vmclear(shadow);
+                }
+                vmx::vmptrld(vcpu.loaded_vmcs());
+                found
+            } else {
                 // Nothing here works any more: the next switch gives the vCPU back.
                 self.unfit = true;
                 return false;
             }
-            for_each_width!(ext.stock_rw, |e: Word| {
-                if let Some(value) = vmx::vmread(u64::from(e.encoding)) {
-                    base.add(e.offset as usize)
-                        .cast::<Word>()
-                        .write_unaligned(value as Word);
-                }
-            });
-            for_each_width!(ext.learned, |e: Word| {
-                let at = base.add(e.offset as usize).cast::<Word>();
-                if let Some(value) = vmx::vmread(u64::from(e.encoding)) {
-                    let old = at.read_unaligned();
-                    if value as Word != old {
-                        if !self.checking {
-                            saved += 1;
-                            changed |= e.matters;
-                            at.write_unaligned(value as Word);
-                        } else if !self.written.has(e.number) {
-                            report(count, e, value, u64::from(old));
-                        }
-                    }
-                }
-            });
-            if !vcpu.clears_with_loaded(pages.shadow) {
-                vmx::vmclear(shadow);
-            }
-            vmx::vmptrld(vcpu.loaded_vmcs());
-        }
-        if self.checking {
+        };
+        if checking {
             count.checked.bump();
         }
         // Each took a VMWRITE that did not exit. Reads, and further writes, leave no trace.
-        count.saved_exits.add(saved);
-        changed
+        count.saved_exits.add(found.saved);
+        found.changed
     }
 
     /// vmcs12 to shadow VMCS, with the fields that are learned now.
@@ -287,7 +273,6 @@ impl Memory {
     ///
     /// As for `save`, with vmcs01 current and vmcs12 up to date.
     #[inline]
-    #[allow(clippy::useless_conversion, reason = "one text for three widths")]
     pub(super) unsafe fn restore(
         &mut self,
         vcpu: Vcpu,
@@ -295,11 +280,12 @@ impl Memory {
         check: bool,
         shared: &Shared,
     ) {
-        if self.must_rebuild(check) {
+        let rebuilt = self.must_rebuild(check);
+        if rebuilt {
             self.rebuild(check);
             shared.learned.publish(self.learner.learned());
         }
-        let (Some(ext), Some(shadow)) = (self.extension.as_mut(), vcpu.shadow_vmcs()) else {
+        let (Some(ext), Some(page)) = (self.extension.as_mut(), vcpu.shadow_vmcs01()) else {
             return;
         };
         // SAFETY: Nothing is moved out.
@@ -308,35 +294,33 @@ impl Memory {
             // SAFETY: By this function's contract vmcs01 is loaded and preemption off.
             unsafe { vcpu.fetch_late_fields() };
         }
+        let shadow = vmx::physical(page.cast());
         let base = vmcs12.as_ptr().cast::<u8>();
-        let mut refused = None;
+        if rebuilt {
+            // SAFETY: By this function's contract; the shadow VMCS is about to be filled.
+            ext.in_region = unsafe { region::prove(page, vcpu.loaded_vmcs(), ext.copied()) };
+        }
         // SAFETY: By this function's contract, and as in `save`.
-        unsafe {
-            if !vmx::load_shadow(shadow) {
+        let refused = unsafe {
+            let in_region = ext.in_region && ext.drops_reserved.is_some();
+            if in_region && (!self.active || vmx::vmclear(shadow)) {
+                ext.copy_in(base, Region::new(page))
+            } else if vmx::load_shadow(shadow) {
+                if ext.drops_reserved.is_none() {
+                    ext.drops_reserved = Some(drops_reserved());
+                    self.rules = 0;
+                }
+                let refused = ext.copy_in(base, Current);
+                vmx::vmclear(shadow);
+                vmx::vmptrld(vcpu.loaded_vmcs());
+                refused
+            } else {
                 self.unfit = true;
                 return;
             }
-            if ext.drops_reserved.is_none() {
-                ext.drops_reserved = Some(drops_reserved());
-                self.rules = 0;
-            }
-            for_each_width!(ext.stock_rw, |e: Word| {
-                let value = base.add(e.offset as usize).cast::<Word>().read_unaligned();
-                vmx::vmwrite(u64::from(e.encoding), u64::from(value));
-            });
-            for_each_width!(ext.stock_ro, |e: Word| {
-                let value = base.add(e.offset as usize).cast::<Word>().read_unaligned();
-                vmx::vmwrite(u64::from(e.encoding), u64::from(value));
-            });
-            for_each_width!(ext.learned, |e: Word| {
-                let value = base.add(e.offset as usize).cast::<Word>().read_unaligned();
-                if !vmx::vmwrite(u64::from(e.encoding), u64::from(value)) {
-                    refused = Some(e.number);
-                }
-            });
-            vmx::vmclear(shadow);
-            vmx::vmptrld(vcpu.loaded_vmcs());
-        }
+        };
+        // L1 is about to run with it.
+        self.active = true;
         if let Some(number) = refused {
             // The processor has no such field and KVM emulates it. Its bits must be set again
             // before L1 runs; more such fields show one after another.
@@ -521,22 +505,5 @@ impl Memory {
             shared.learned.publish(self.learner.learned());
             shared.extended.store(false, Ordering::Release);
         }
-    }
-}
-
-static REPORTED: AtomicBool = AtomicBool::new(false);
-
-#[cold]
-fn report(counters: &Counters, entry: &Entry, shadow: u64, vmcs12: u64) {
-    counters.mismatches.bump();
-    let name = FIELDS.get(entry.number as usize).map_or("?", |f| f.name);
-    if !REPORTED.swap(true, Ordering::Relaxed) {
-        pr_warn!(
-            "fields: {} ({:#x}) would read {:#x} from the shadow VMCS, vmcs12 has {:#x}\n",
-            name,
-            entry.encoding,
-            shadow,
-            vmcs12
-        );
     }
 }

@@ -21,6 +21,7 @@
 //! `kvm::fields` says for each field whether and when it may be learned. Those that KVM leaves in
 //! vmcs02 are fetched before each copy to the shadow VMCS while one of them is learned.
 
+mod copies;
 pub(super) mod extension;
 mod knobs;
 pub(super) mod lists;

@@ -8,6 +8,7 @@ use crate::{
     kvm::{
         fields::{Class, Number, FIELDS},
         guest_memory::GuestMemory,
+        region::{self, Current, Region, Shadow},
         shadow_page::ShadowPage,
         vmcs02::Bitmaps,
         vmx, Vcpu,
@@ -32,16 +33,22 @@ pub(super) const BUDGET: u8 = 96;
 /// Most words of a bitmap that can have one of them: every width and type has few.
 const WORDS: usize = 32;
 
+type Fields = List<{ BUDGET as usize }>;
+
 /// The pages that the processor uses, and the lists of what they carry. Pinned: vmcs02 has the addresses.
 #[pin_data]
 pub(super) struct Tables {
     vmread: Bitmap,
     vmwrite: Bitmap,
     shadow: ShadowPage,
-    fields: List<{ BUDGET as usize }>,
+    fields: Fields,
     masks: Words<WORDS>,
     /// Whether the processor drops the reserved bits of access rights as KVM does.
     drops_reserved: Option<bool>,
+    /// The fields can be read and written in the region of the shadow VMCS.
+    in_region: bool,
+    /// L2 may have run with the shadow VMCS since it was last cleared.
+    active: bool,
     /// Taken to keep preemption off; never contended.
     #[pin]
     quiet: SpinLock<()>,
@@ -76,6 +83,8 @@ impl Tables {
                 fields: List::EMPTY,
                 masks: Words::new(),
                 drops_reserved: None,
+                in_region: false,
+                active: false,
                 quiet <- new_spinlock!(()),
             }),
             GFP_KERNEL_ACCOUNT | __GFP_NOWARN,
@@ -164,6 +173,12 @@ impl Memory {
                 t.masks.insert(field.encoding, field.has_high(), written);
             }
         }
+        let guard = t.quiet.lock();
+        let numbers = t.fields.all().map(|e| e.number);
+        // SAFETY: Nothing is served while lists change, so what this shadow VMCS holds is of no use; the vCPU is loaded in
+        // all handlers that come here.
+        t.in_region = unsafe { region::prove(t.shadow.as_ptr(), vcpu.loaded_vmcs(), numbers) };
+        drop(guard);
         self.stale = false;
     }
 
@@ -208,6 +223,7 @@ impl Memory {
             // SAFETY: As above; the tables are not dropped while `serving`.
             unsafe { vcpu.serve_l2(t.shadow.as_ptr(), at(&t.vmread), at(&t.vmwrite)) };
             drop(guard);
+            t.active = true;
             self.serving = true;
             return;
         };
@@ -216,39 +232,47 @@ impl Memory {
         self.stale = true;
     }
 
-    /// Brings KVM's copy of L2's shadow VMCS up to date. The one that L2 used stays active, as it was.
+    /// Brings KVM's copy of L2's shadow VMCS up to date. The one that L2 used stays as it was: `go_on` or `stop` follows.
     ///
     /// # Safety
     ///
     /// vmcs02 is loaded on this CPU by the current task.
-    #[allow(clippy::useless_conversion, reason = "one text for three widths")]
     pub(super) unsafe fn save(&mut self, vcpu: Vcpu) {
-        let (Some(t), Some(base), true) = (&self.tables, vcpu.shadow_vmcs12(), self.serving) else {
+        let (Some(tables), Some(base), true) =
+            (self.tables.as_mut(), vcpu.shadow_vmcs12(), self.serving)
+        else {
             return;
         };
+        // SAFETY: Nothing is moved out.
+        let t = unsafe { tables.as_mut().get_unchecked_mut() };
         let known = &mut self.known;
         let guard = t.quiet.lock();
-        // SAFETY: By this function's contract; the loaded VMCS is made current again. Entries have offsets of
-        // fields of vmcs12 with their widths.
+        let page = t.shadow.as_ptr();
+        let shadow = vmx::physical(page.cast());
+        // SAFETY: By this function's contract; the loaded VMCS is made current again.
         unsafe {
-            let shadow = vmx::physical(t.shadow.as_ptr().cast());
-            if vmx::load_shadow(shadow) {
-                for_each_width!(t.fields, |e: Word| {
-                    if let Some(value) = vmx::vmread(u64::from(e.encoding)) {
-                        let field = base.add(e.offset as usize).cast::<Word>();
-                        if field.read_unaligned() != value as Word {
-                            field.write_unaligned(value as Word);
-                            known.change(e.offset, core::mem::size_of::<Word>() as u16);
-                        }
+            if t.in_region && vmx::vmclear(shadow) {
+                t.active = false;
+                copy_out(&t.fields, Region::new(page), base, known);
+            } else {
+                if vmx::load_shadow(shadow) {
+                    copy_out(&t.fields, Current, base, known);
+                    if !vcpu.clears_with_loaded(page) {
+                        vmx::vmclear(shadow);
                     }
-                });
-                if !vcpu.clears_with_loaded(t.shadow.as_ptr()) {
-                    vmx::vmclear(shadow);
                 }
+                vmx::vmptrld(vcpu.loaded_vmcs());
             }
-            vmx::vmptrld(vcpu.loaded_vmcs());
         }
         drop(guard);
+    }
+
+    /// L2 goes on after `save` with what it was served.
+    pub(super) fn go_on(&mut self) {
+        if let (Some(t), true) = (self.tables.as_mut(), self.serving) {
+            // SAFETY: Nothing is moved out.
+            unsafe { t.as_mut().get_unchecked_mut() }.active = true;
+        }
     }
 
     /// L2 is not served any more; `save` has been called if its shadow VMCS still matters.
@@ -262,7 +286,8 @@ impl Memory {
         };
         let guard = t.quiet.lock();
         // SAFETY: By this function's contract, preemption being off.
-        let done = unsafe { vcpu.with_vmcs02(|| vcpu.stop_serving_l2(t.shadow.as_ptr())) };
+        let done =
+            unsafe { vcpu.with_vmcs02(|| vcpu.stop_serving_l2(t.shadow.as_ptr(), t.active)) };
         drop(guard);
         self.serving = done.is_none();
     }
@@ -309,33 +334,73 @@ impl Memory {
     }
 }
 
-/// KVM's copy of L2's shadow VMCS to the one that the processor uses, which is clear afterwards. Returns a field
-/// that the processor does not have.
+/// From the shadow VMCS that the processor uses to KVM's copy of L2's.
+///
+/// # Safety
+///
+/// What `from` asks for; `base` is a vmcs12, and `fields` have offsets of its fields with their widths.
+#[inline(always)]
+unsafe fn copy_out<S: Shadow>(fields: &Fields, from: S, base: *mut u8, known: &mut Known) {
+    // SAFETY: By this function's contract.
+    unsafe {
+        for_each_width!(fields, |e: Word| {
+            if let Some(value) = from.read::<Word>(e.encoding, e.offset) {
+                let field = base.add(e.offset as usize).cast::<Word>();
+                if field.read_unaligned() != value {
+                    field.write_unaligned(value);
+                    known.change(e.offset, core::mem::size_of::<Word>() as u16);
+                }
+            }
+        });
+    }
+}
+
+/// The other way round. Returns a field that the processor does not have.
+///
+/// # Safety
+///
+/// As for `copy_out`.
+#[inline(always)]
+unsafe fn copy_in<S: Shadow>(fields: &Fields, base: *const u8, to: S) -> Option<Number> {
+    let mut refused = None;
+    // SAFETY: By this function's contract.
+    unsafe {
+        for_each_width!(fields, |e: Word| {
+            let from = base.add(e.offset as usize).cast::<Word>();
+            if !to.write(e.encoding, e.offset, from.read_unaligned()) {
+                refused = Some(e.number);
+            }
+        });
+    }
+    refused
+}
+
+/// KVM's copy of L2's shadow VMCS to the one that the processor uses, which is clear before and afterwards. Returns a
+/// field that the processor does not have.
 ///
 /// # Safety
 ///
 /// The vCPU is loaded on this CPU by the current task.
-#[allow(clippy::useless_conversion, reason = "one text for three widths")]
 unsafe fn fill(t: &mut Tables, vcpu: Vcpu) -> Option<Number> {
     let base = vcpu.shadow_vmcs12()?;
     let mut refused = None;
     let guard = t.quiet.lock();
     // SAFETY: As in `Memory::save`.
     unsafe {
-        let shadow = vmx::physical(t.shadow.as_ptr().cast());
-        if vmx::load_shadow(shadow) {
-            if t.drops_reserved.is_none() {
-                t.drops_reserved = Some(drops_reserved());
-            }
-            for_each_width!(t.fields, |e: Word| {
-                let value = base.add(e.offset as usize).cast::<Word>().read_unaligned();
-                if !vmx::vmwrite(u64::from(e.encoding), u64::from(value)) {
-                    refused = Some(e.number);
+        let page = t.shadow.as_ptr();
+        let shadow = vmx::physical(page.cast());
+        if t.in_region && t.drops_reserved.is_some() {
+            refused = copy_in(&t.fields, base, Region::new(page));
+        } else {
+            if vmx::load_shadow(shadow) {
+                if t.drops_reserved.is_none() {
+                    t.drops_reserved = Some(drops_reserved());
                 }
-            });
-            vmx::vmclear(shadow);
+                refused = copy_in(&t.fields, base, Current);
+                vmx::vmclear(shadow);
+            }
+            vmx::vmptrld(vcpu.loaded_vmcs());
         }
-        vmx::vmptrld(vcpu.loaded_vmcs());
     }
     drop(guard);
     refused

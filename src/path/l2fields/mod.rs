@@ -239,7 +239,9 @@ extern "C" fn mtk_on_sync_vmcs02(
             // SAFETY: vmcs02 is loaded here.
             unsafe {
                 local.l2fields.save(vcpu);
-                if !vcpu.guest_mode() {
+                if vcpu.guest_mode() {
+                    local.l2fields.go_on();
+                } else {
                     local.l2fields.stop(vcpu);
                 }
             }
