@@ -9,7 +9,7 @@
  * module  the module whose BTF and symbol table describe the function;
  * symbol  the function's name in the kernel's source. A compiler suffix (.isra.0, .constprop.0)
  *         may have changed its arguments, so only the plain name is accepted;
- * nargs   how many arguments it takes (1 to 4). It is compared with the prototype in the running
+ * nargs   how many arguments it takes (1 to 5). It is compared with the prototype in the running
  *         kernel's BTF before the function is touched.
  *
  * The trampolines (src/hook/trampoline.S) and the engine (src/hook/) expand this same list.
@@ -46,7 +46,8 @@
 	HOOK(has_interrupt, kvm, kvm_apic_has_interrupt, 1)		\
 	HOOK(sync_pir, kvm_intel, vmx_sync_pir_to_irr, 1)		\
 	HOOK(read_cached, kvm, kvm_read_guest_cached, 4)		\
-	HOOK(write_cached, kvm, kvm_write_guest_cached, 4)
+	HOOK(write_cached, kvm, kvm_write_guest_cached, 4)		\
+	HOOK(read_virt, kvm, kvm_read_guest_virt, 5)
 
 /*
  * KVM functions that Matryoshka calls: CALL(id, module, symbol, nargs), with the same checks, up to 5

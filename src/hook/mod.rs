@@ -192,6 +192,7 @@ hook_ids! {
     SYNC_PIR = mtk_hook_id_MTK_HOOK_sync_pir;
     READ_CACHED = mtk_hook_id_MTK_HOOK_read_cached;
     WRITE_CACHED = mtk_hook_id_MTK_HOOK_write_cached;
+    READ_VIRT = mtk_hook_id_MTK_HOOK_read_virt;
 }
 
 impl HookId {
@@ -323,11 +324,11 @@ impl InFlight {
         cont: Continuation,
         args: [usize; N],
     ) -> usize {
-        const { assert!(N <= 4) };
+        const { assert!(N <= 5) };
         let arg = |n: usize| args.get(n).copied().unwrap_or(0);
         // SAFETY: By this function's contract. Unused argument registers are caller-saved, so
         // passing more than the function takes is harmless.
-        unsafe { bindings::mtk_call_stock(cont.0, arg(0), arg(1), arg(2), arg(3), 0) }
+        unsafe { bindings::mtk_call_stock(cont.0, arg(0), arg(1), arg(2), arg(3), arg(4)) }
     }
 }
 

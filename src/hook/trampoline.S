@@ -31,14 +31,19 @@ SYM_FUNC_START(mtk_tramp_\id)
 	.if \nargs > 3
 	push	%rcx
 	.endif
+	.if \nargs > 4
+	push	%r8
+	.endif
 	.if \nargs == 1
 	mov	8(%rsp), %rsi
 	.elseif \nargs == 2
 	mov	16(%rsp), %rdx
 	.elseif \nargs == 3
 	mov	24(%rsp), %rcx
-	.else
+	.elseif \nargs == 4
 	mov	32(%rsp), %r8
+	.else
+	mov	40(%rsp), %r9
 	.endif
 	call	mtk_on_\id
 	test	%eax, %eax
@@ -48,6 +53,9 @@ SYM_FUNC_START(mtk_tramp_\id)
 	UNWIND_HINT_FUNC
 	RET
 .Lstock_\id:
+	.if \nargs > 4
+	pop	%r8
+	.endif
 	.if \nargs > 3
 	pop	%rcx
 	.endif

@@ -3,7 +3,11 @@
 
 use super::{srcu::ReadLock, vcpu::read, Vcpu};
 use crate::{bindings, hook::CallId};
-use core::{arch::asm, marker::PhantomData, mem::MaybeUninit};
+use core::{
+    arch::asm,
+    marker::PhantomData,
+    mem::{offset_of, MaybeUninit},
+};
 use kernel::uaccess::{UserPtr, UserSlice};
 
 /// Bytes of a page.
@@ -203,15 +207,28 @@ impl SrcuGuard {
     /// `from` is valid for reads of a page, and the current task has the VMM's address space and a vCPU
     /// of the VM loaded.
     pub(crate) unsafe fn write_page(&self, gpa: u64, from: *const u8) {
+        // SAFETY: By this function's contract.
+        unsafe { self.write(gpa, from, 0, PAGE) };
+    }
+
+    /// The VMCS in this page is clear from now on, as `handle_vmclear()` makes it.
+    ///
+    /// # Safety
+    ///
+    /// As for `write_page`.
+    pub(crate) unsafe fn clear_launch_state(&self, gpa: u64) {
+        let clear = 0u32;
+        let from = core::ptr::from_ref(&clear).cast();
+        // SAFETY: By this function's contract.
+        unsafe { self.write(gpa, from, offset_of!(bindings::vmcs12, launch_state), 4) };
+    }
+
+    /// # Safety
+    ///
+    /// As for `write_page`, for as many bytes, which fit in the page.
+    unsafe fn write(&self, gpa: u64, from: *const u8, offset: usize, len: usize) {
+        let (kvm, gfn) = (self.0.kvm() as usize, (gpa >> 12) as usize);
         // SAFETY: By this function's contract and under SRCU.
-        unsafe {
-            CallId::WRITE_GUEST_PAGE.call([
-                self.0.kvm() as usize,
-                (gpa >> 12) as usize,
-                from as usize,
-                0,
-                PAGE,
-            ])
-        };
+        unsafe { CallId::WRITE_GUEST_PAGE.call([kvm, gfn, from as usize, offset, len]) };
     }
 }

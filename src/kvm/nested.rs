@@ -12,6 +12,7 @@ use crate::{
     hook::CallId,
     policy::operand::{self, Operand, Start, Trail},
 };
+use core::mem::size_of;
 
 const EXIT_QUALIFICATION: u64 = 0x6400;
 const GUEST_CR3: u64 = 0x6802;
@@ -21,6 +22,8 @@ const GUEST_SS_AR_BYTES: u64 = 0x4818;
 const RSP: u8 = 4;
 /// X86_CR4_LAM_SUP: bits 62:48 of a supervisor's linear addresses may be tags.
 const CR4_LAM_SUP: usize = 1 << 28;
+/// EFER_LMA: paging is that of 64-bit mode.
+const EFER_LMA: u64 = 1 << 10;
 /// EFER_NX: bit 63 of a paging-structure entry is not reserved.
 const EFER_NX: u64 = 1 << 11;
 /// CF, PF, AF, ZF, SF and OF, which VMX instructions clear when they succeed.
@@ -64,15 +67,7 @@ impl Vcpu {
         // SAFETY: As the read above has shown; every processor has these fields.
         let vmread = |field| unsafe { vmx::vmread_basic(field) };
         let operand = Operand::decode(info)?;
-        // With EPT, and only then, the guest's CR3 is in the VMCS.
-        let mmu = read!(self, vcpu.arch.mmu);
-        // SAFETY: KVM's own pointer to one of the vCPU's MMUs; the role is a union of integers.
-        let direct = unsafe { (*mmu).root_role.__bindgen_anon_1.direct() };
-        let unusual = direct == 0
-            || self.cr4_la57()
-            || read!(self, vcpu.arch.cr4) & CR4_LAM_SUP != 0
-            || vmread(GUEST_SS_AR_BYTES) & 3 << 5 != 0;
-        if unusual {
+        if read!(self, vcpu.arch.cr4) & CR4_LAM_SUP != 0 {
             return None;
         }
         let register = |number| {
@@ -83,6 +78,40 @@ impl Vcpu {
             }
         };
         let address = operand.address(vmread(EXIT_QUALIFICATION), register)?;
+        read_host_u64(self.find(address, memory, trail)?)
+    }
+
+    /// The sixteen bytes at a linear address of L1's, the descriptor of an INVEPT or INVVPID, as two words. `None` if anything
+    /// about address or paging is out of the ordinary. The stock code has the address checked already for what depends on
+    /// the instruction.
+    ///
+    /// As for `vmptr_operand`.
+    pub(crate) fn descriptor_at(
+        self,
+        address: u64,
+        memory: &mut GuestMemory,
+        trail: &mut Trail,
+    ) -> Option<[u64; 2]> {
+        let plain = read!(self, vcpu.arch.efer) & EFER_LMA != 0
+            && operand::is_plain_address(address, size_of::<[u64; 2]>() as u64);
+        if !plain {
+            return None;
+        }
+        let place = self.find(address, memory, trail)?;
+        Some([read_host_u64(place)?, read_host_u64(place.wrapping_add(8))?])
+    }
+
+    /// Where the VMM has what is at a linear address, for a supervisor's read; long mode is on.
+    fn find(self, address: u64, memory: &mut GuestMemory, trail: &mut Trail) -> Option<u64> {
+        // SAFETY: In a handler of an exit the exited VMCS is current; every processor has these fields.
+        let vmread = |field| unsafe { vmx::vmread_basic(field) };
+        // With EPT, and only then, the guest's CR3 is in the VMCS.
+        let mmu = read!(self, vcpu.arch.mmu);
+        // SAFETY: KVM's own pointer to one of the vCPU's MMUs; the role is a union of integers.
+        let direct = unsafe { (*mmu).root_role.__bindgen_anon_1.direct() };
+        if direct == 0 || self.cr4_la57() || vmread(GUEST_SS_AR_BYTES) & 3 << 5 != 0 {
+            return None;
+        }
         let mut reserved = read!(self, vcpu.arch.reserved_gpa_bits);
         if read!(self, vcpu.arch.efer) & EFER_NX == 0 {
             reserved |= operand::EXECUTE_DISABLE;
@@ -95,7 +124,7 @@ impl Vcpu {
             reserved,
         };
         let place = |address| memory.host_address(address);
-        read_host_u64(trail.walk(start, address, place, read_host_u64)?)
+        trail.walk(start, address, place, read_host_u64)
     }
 
     /// The pages that KVM uses for the current VMCS, or would for the next; `None` outside VMX operation

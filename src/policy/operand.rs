@@ -59,9 +59,15 @@ impl Operand {
         if let Some(index) = self.index {
             address = address.wrapping_add(register(index) << self.scaling);
         }
-        let canonical = ((address as i64) << 16 >> 16) as u64 == address;
-        (canonical && address & 0xfff <= 0x1000 - 8).then_some(address)
+        is_plain_address(address, 8).then_some(address)
     }
+}
+
+/// Whether a linear address is canonical with four-level paging, and this many bytes from it on fit in its page.
+#[inline(always)]
+pub fn is_plain_address(address: u64, len: u64) -> bool {
+    let canonical = ((address as i64) << 16 >> 16) as u64 == address;
+    canonical && address & 0xfff <= 0x1000 - len.min(0x1000)
 }
 
 /// A walk of the guest's paging structures (SDM volume 3, 5.5.4) on behalf of a supervisor's read.

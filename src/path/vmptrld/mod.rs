@@ -20,6 +20,7 @@
 //!
 //! Needs the path `fields`, whose copies it saves and whose lists say what a shadow VMCS carries.
 
+mod descriptor;
 mod regions;
 
 pub(crate) use regions::Regions;
@@ -52,6 +53,7 @@ pub(super) const PATH: Path = Path {
         HookId::FREE_NESTED,
         HookId::HANDLE_VMCLEAR,
         HookId::HANDLE_VMPTRLD,
+        HookId::READ_VIRT,
     ],
     calls: &[
         CallId::WAKE_UP,
@@ -67,7 +69,7 @@ pub(super) const PATH: Path = Path {
     ],
     drain: Some(drain),
     drain_hooks: &[HookId::HANDLE_EXIT],
-    reasons: &["not_extended", "operand", "invalid", "no_memory", "stock"],
+    reasons: &["not_extended", "operand", "invalid", "no_memory"],
     knobs: &[],
 };
 
@@ -82,8 +84,6 @@ enum Reason {
     Invalid,
     /// No memory for another VMCS.
     NoMemory,
-    /// VMCLEAR of a VMCS that is not current.
-    Stock,
 }
 
 /// What another thread may know about a vCPU.
@@ -191,16 +191,20 @@ unsafe fn clear(vcpu: Vcpu, local: &mut Local, counters: &CounterSet) -> Result<
     let vmptr = vcpu
         .vmptr_operand(&mut memory, &mut local.regions.trail)
         .ok_or(Reason::Operand)?;
-    if let Some(at) = local.regions.position(vmptr) {
-        // SAFETY: By this function's contract.
-        unsafe {
-            local.regions.evict(at, &mut copier, &SrcuGuard::take(vcpu));
-        }
-        return Err(Reason::Stock);
+    if !vcpu.is_page_address(vmptr) || vmptr == vcpu.vmxon_ptr() {
+        return Err(Reason::Invalid);
     }
     let pages = vcpu.pages().ok_or(Reason::NotExtended)?;
-    if vmptr != vcpu.current_vmptr() || vmptr == NONE {
-        return Err(Reason::Stock);
+    if vmptr != vcpu.current_vmptr() {
+        let srcu = SrcuGuard::take(vcpu);
+        // SAFETY: By this function's contract.
+        unsafe {
+            if let Some(at) = local.regions.position(vmptr) {
+                local.regions.evict(at, &mut copier, &srcu);
+            }
+            srcu.clear_launch_state(vmptr);
+        }
+        return Ok(());
     }
     // What nested_release_vmcs12() and handle_vmclear() do, in their order.
     // SAFETY: By this function's contract; the pages are whole and the current VMCS's.
@@ -257,10 +261,8 @@ fn handle(
             }
             Err(reason) => {
                 count.fall_back(reason as usize);
-                if !matches!(reason, Reason::Stock) {
-                    // SAFETY: As above.
-                    unsafe { evict_all(vcpu, local, counters) };
-                }
+                // SAFETY: As above.
+                unsafe { evict_all(vcpu, local, counters) };
                 false
             }
         }

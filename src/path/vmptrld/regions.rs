@@ -97,6 +97,8 @@ pub(crate) struct Regions {
     pub(super) images: bool,
     /// Where the last operand was found.
     pub(super) trail: Trail,
+    /// Where the last descriptor of an INVEPT or INVVPID was.
+    pub(super) descriptor: Trail,
 }
 
 /// What copying between a shadow VMCS and its vmcs12 takes.
@@ -137,6 +139,7 @@ impl Regions {
         clock: 0,
         images: false,
         trail: Trail::NONE,
+        descriptor: Trail::NONE,
     };
 
     /// The slot that has this VMCS.
