@@ -324,6 +324,9 @@ pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
     for found in &all.differs {
         println!("{} differs from {}:", found.way.name(), ways[0].name());
         println!("  {}\n  {}", found.lines[0], found.lines[1]);
+        if let Some(before) = parted(&found.lines) {
+            println!("  they part {before} operations before the end");
+        }
         if let (Some(program), None) = (found.program, args.show) {
             let first = args.first + u64::from(found.batch) * per_batch;
             explain(args, [ways[0], found.way], first, program)?;
@@ -341,6 +344,18 @@ fn program(line: &str) -> Option<u64> {
     let rest = line.strip_prefix("fuzz ")?;
     let end = rest.find(|c: char| !c.is_ascii_digit())?;
     rest[..end].parse().ok()
+}
+
+/// How many operations before the end of their program two lines part, by the digits for each operation; 0 for what is noted at the
+/// end.
+fn parted(lines: &[String; 2]) -> Option<usize> {
+    let digits = |line: &String| -> Option<Vec<u8>> {
+        Some(line.split_whitespace().nth(3)?.bytes().rev().collect())
+    };
+    let (one, other) = (digits(&lines[0])?, digits(&lines[1])?);
+    let differs = |(a, b): (&u8, &u8)| a != b;
+    let last = one.iter().zip(&other).rposition(differs);
+    Some(last.map_or(0, |at| at + 1))
 }
 
 /// What two ways of one program have seen.
@@ -408,6 +423,16 @@ fn explain(args: &BenchArgs, ways: [Way; 2], first: u64, program: u64) -> Result
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lines_tell_where_they_part() {
+        let line = |sum: &str, steps: &str| format!("fuzz 7: {sum} {steps}");
+        let lines = |a: String, b: String| parted(&[a, b]);
+        assert_eq!(lines(line("1", "0abc"), line("2", "0abc")), Some(0));
+        assert_eq!(lines(line("1", "0abc"), line("2", "0abd")), Some(1));
+        assert_eq!(lines(line("1", "0abc"), line("2", "0b7d")), Some(3));
+        assert_eq!(lines("(nothing)".into(), line("2", "0")), None);
+    }
 
     #[test]
     fn a_request_is_what_the_payload_reads() {

@@ -354,7 +354,12 @@ pub fn inject(world: &mut World, numbers: &mut Numbers, log: &mut Log) -> Result
         0 | 1 => vector,
         2 => NMI | 2,
         3 | 4 => {
-            let vector = vector & 31;
+            // Not #BP and #OF: where the delivery meets a page that EPT02 lacks, KVM delivers them anew as software exceptions,
+            // with the length of whatever instruction it had last (vmx_inject_exception()).
+            let vector = match vector & 31 {
+                3 | 4 => 13,
+                vector => vector,
+            };
             HARDWARE | vector | WITH_ERROR * (CODES >> vector & 1)
         }
         5 => SOFTWARE | vector,

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! What a program saw: a sum over all of it, and each value in words when the program is shown.
+//! What a program saw: a sum over all of it, four bits of the sum before each operation, and each value in words when the
+//! program is shown.
 
 use super::super::model::fold;
 
@@ -8,6 +9,8 @@ pub struct Log {
     program: u64,
     at: usize,
     sum: u64,
+    /// Four bits of the sum before each operation, so that two lines tell in which one they part.
+    steps: u128,
     shown: bool,
 }
 
@@ -18,6 +21,7 @@ impl Log {
             program,
             at: 0,
             sum: program,
+            steps: 0,
             shown,
         }
     }
@@ -25,6 +29,7 @@ impl Log {
     /// The operations are counted, so that a line names the one that it belongs to.
     pub fn begin(&mut self, at: usize) {
         self.at = at;
+        self.steps = self.steps << 4 | u128::from(self.sum >> 60);
     }
 
     /// Notes some values.
@@ -53,5 +58,10 @@ impl Log {
     /// The sum.
     pub fn sum(&self) -> u64 {
         self.sum
+    }
+
+    /// A digit for each operation, the last for what is noted at the end.
+    pub fn steps(&self) -> u128 {
+        self.steps
     }
 }

@@ -91,7 +91,7 @@ pub fn run(request: Request, batch: u64) -> Result<(), VmxError> {
             line!("fuzz {}: FAIL: ended early: {}", program, why);
             vmptrld(world.spare)?;
         }
-        line!("fuzz {}: {:016x}", program, log.sum());
+        line!("fuzz {}: {:016x} {:029x}", program, log.sum(), log.steps());
     }
     world.restore_processor();
     vmptrld(world.spare)
@@ -349,6 +349,14 @@ fn finish(
             _ => super::model::page_sum(address),
         };
         log.note("page", &[page, sum]);
+        if (arena::page::STACK..arena::page::GDT).contains(&page) {
+            for offset in (0..crate::memory::PAGE).step_by(8) {
+                let value = arena::get(address + offset);
+                if value != 0 {
+                    log.does("push", &[offset, value]);
+                }
+            }
+        }
     }
     for page in 0..arena::TOUCHED + 8 {
         let address = protocol::ports::TOUCH_BASE + page * crate::memory::PAGE;
