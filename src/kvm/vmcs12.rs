@@ -13,6 +13,17 @@ use crate::bindings;
 #[derive(Clone, Copy)]
 pub(crate) struct Vmcs12(*const bindings::vmcs12);
 
+/// Reads a field of a [`Vmcs12`] by KVM's name for it, as `u64`.
+macro_rules! field {
+    ($vmcs12:expr, $name:ident) => {{
+        let ptr = $vmcs12.as_ptr();
+        // SAFETY: By the invariants of `Vmcs12` the pointer is valid for reads; the structure is
+        // packed, so the read is made unaligned.
+        unsafe { u64::from((&raw const (*ptr).$name).read_unaligned()) }
+    }};
+}
+pub(crate) use field;
+
 impl Vmcs12 {
     /// Views the vmcs12 that KVM passed to a hooked function.
     ///
@@ -25,20 +36,21 @@ impl Vmcs12 {
         Self(ptr)
     }
 
+    /// Whether the guest is entered with PAE paging (`is_pae_paging()`), so that the PDPTEs in the VMCS matter if it has EPT
+    /// (SDM volume 3, 28.3.1.6).
+    #[inline(always)]
+    pub(crate) fn has_pae_paging(self) -> bool {
+        const CR0_PG: u64 = 1 << 31;
+        const CR4_PAE: u64 = 1 << 5;
+        const ENTRY_IA32E_MODE: u64 = 1 << 9;
+        field!(self, vm_entry_controls) & ENTRY_IA32E_MODE == 0
+            && field!(self, guest_cr0) & CR0_PG != 0
+            && field!(self, guest_cr4) & CR4_PAE != 0
+    }
+
     /// The raw pointer, for [`field!`].
     #[inline(always)]
     pub(crate) fn as_ptr(self) -> *const bindings::vmcs12 {
         self.0
     }
 }
-
-/// Reads a field of a [`Vmcs12`] by KVM's name for it, as `u64`.
-macro_rules! field {
-    ($vmcs12:expr, $name:ident) => {{
-        let ptr = $vmcs12.as_ptr();
-        // SAFETY: By the invariants of `Vmcs12` the pointer is valid for reads; the structure is
-        // packed, so the read is made unaligned.
-        unsafe { u64::from((&raw const (*ptr).$name).read_unaligned()) }
-    }};
-}
-pub(crate) use field;

@@ -22,7 +22,7 @@ const TOUCH_BUDGET: f64 = 1e9;
 /// two per cent; so does a short one that the host's timer happens to interrupt.
 const PASSES: (f64, f64) = (3.0, 8.0);
 /// Instructions that all passes may take where they are more than the fewest.
-const MORE_PASSES: f64 = 50e6;
+const MORE_PASSES: f64 = 200e6;
 
 /// How much of each operation.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -454,7 +454,11 @@ impl Memory {
         let guard = unsafe { &*quiet }.lock();
         // SAFETY: By this function's contract, preemption being off.
         unsafe {
-            if self.save(vcpu, pages, count) && vcpu.fetch_late_fields() {
+            let changed = self.save(vcpu, pages, count);
+            // Stock takes the PDPTEs from a vmcs12 only if a field that it does not shadow was written since, with the
+            // same value as well; here such a write leaves no trace. (Its own shadowing of CR0 and CR4 forgets that.)
+            let pdptes = Vmcs12::from_hook(pages.vmcs12).has_pae_paging();
+            if (changed || pdptes) && vcpu.fetch_late_fields() {
                 vcpu.mark_vmcs12_dirty();
             }
         }

@@ -214,7 +214,8 @@ fn snippet(numbers: &mut Numbers, arena: &Arena, code: &mut Writer) {
             _ => &[0x0f, 0x08], // invd
         }),
         28 => {
-            code.set(ECX, any(numbers, &[0, 0, 1, 0x4d]));
+            // Not XINUSE (1): whether the x87 is in use changes when L0 saves and restores its state.
+            code.set(ECX, any(numbers, &[0, 0, 2, 0x4d]));
             code.bytes(&[0x0f, 0x01, 0xd0]); // xgetbv
             code.set(EAX, any(numbers, &[1, 3, 7, 0, 4]));
             code.set(EDX, any(numbers, &[0, 0, 1]));
