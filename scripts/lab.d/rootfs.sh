@@ -58,6 +58,8 @@ find_mmdebstrap() {
 		rm -rf -- "$dir" && mv -- "$dir.part" "$dir"
 	fi
 	MMDEBSTRAP=$dir/usr/bin/mmdebstrap
+	# It looks for its helper (mmtarfilter) there.
+	PATH=$dir/usr/bin:$PATH
 }
 
 # make_root: build $ROOT. Runs as root of private namespaces.
