@@ -50,7 +50,8 @@ impl Held {
         // SAFETY: By this function's contract. The kernel crate's helper, since with lockdep this is a macro in C.
         unsafe {
             let mutex = (&raw mut (*vcpu).mutex).cast();
-            (kernel::bindings::mutex_trylock(mutex) != 0).then_some(Held(mutex))
+            // Made only if it is held: dropping it unlocks.
+            (kernel::bindings::mutex_trylock(mutex) != 0).then(|| Held(mutex))
         }
     }
 }

@@ -21,7 +21,7 @@ impl Raw {
             }
             let mut raw = before;
             libc::cfmakeraw(&mut raw);
-            (libc::tcsetattr(fd, libc::TCSANOW, &raw) == 0).then_some(Raw { fd, before })
+            (libc::tcsetattr(fd, libc::TCSANOW, &raw) == 0).then(|| Raw { fd, before })
         }
     }
 }
