@@ -63,9 +63,11 @@ def arguments():
     add("--module", action="append", default=[], metavar="NAME", help="load one more of the kernel's modules")
     add("--prof", action="store_true", help="use the instrumented emulator (slower; see scripts/profile)")
     add("--model", default="corei7_skylake_x", help=argparse.SUPPRESS)
-    add("--ips", type=int, default=int(os.environ.get("MATRYOSHKA_IPS") or 3500000000), metavar="N",
+    add("--ips", type=int, default=os.environ.get("MATRYOSHKA_IPS") or "3500000000", metavar="N",
         help="instructions that L0 takes for a second (default $MATRYOSHKA_IPS or 3500000000). Fewer make what waits for "
              "timers shorter, such as RCU's grace periods, and interrupt more often what is measured")
+    add("--random", type=int, default=os.environ.get("MATRYOSHKA_RANDOM") or "1", metavar="N",
+        help="what the processor's random numbers start from (default $MATRYOSHKA_RANDOM or 1): the same make the same run")
     add("--kernel-tree", metavar="DIR", help="directory with vmlinuz and the module tree (default: from scripts/lab)")
     add("--emulator", metavar="DIR", help="directory with the emulator (default: from scripts/lab)")
     add("--busybox", metavar="FILE", help="static busybox (default: the lab's)")
@@ -198,6 +200,8 @@ class Run:
         os.makedirs(self.out, exist_ok=True)
         self.console = open(os.path.join(self.out, "console.log"), "w", encoding="utf-8")
         self.output = open(os.path.join(self.out, "output.log"), "wb")
+        # What comes is added to it, and nothing may come at all.
+        open(os.path.join(self.out, "kernel.log"), "wb").close()
         slow = ["package"] if package.used(args.emulator) else []
         self.history = History(" ".join([*args.command, str(args.prof), args.kernel or "", *slow]))
         self.progress = machine.Progress("L0", self.history.expected())
@@ -345,7 +349,7 @@ def main():
         fail(f"{binary} is missing: run scripts/lab setup")
     root = paths.get("ROOT", "/").rstrip("/")
     line = "console=ttyS0,115200 loglevel=5 nokaslr panic=0"
-    environment = {}
+    environment = {"MATRYOSHKA_RANDOM": str(args.random)}
     if package.used(args.emulator):
         print(f"emu: this is Debian's bochs package: slower, {package.LACKS} (Documentation/lab.md, \"The fall-back\")", file=sys.stderr)
         line += " " + package.KERNEL_ARGUMENTS

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 from . import __main__ as emu
+from . import locks
 from .demangle import readable
 from .symbols import Symbols
 
@@ -19,6 +20,7 @@ examples:
   scripts/profile --depth 1 --file t=/bin/t --command '/bin/t'
                                                  any program that brackets what it does with the emulator's XGETBV
                                                  codes (Documentation/lab.md)
+  scripts/profile touch_warm --config l0 --locks    how long L0's locks were held and waited for as well
   scripts/profile --report out/profile           print a recorded one again
 
 files in the output directory: profile (raw), profile.folded (stacks with counts, for flame-graph tools: flamegraph.pl, inferno,
@@ -36,7 +38,7 @@ class Profile:
     """A raw profile, read."""
 
     def __init__(self, path):
-        self.contexts, self.nodes, self.regions = [], [], []
+        self.contexts, self.nodes, self.regions, self.locks = [], [], [], []
         with open(path, encoding="ascii") as f:
             if next(f, "").strip() != "matryoshka-profile 1":
                 raise ValueError(f"{path} is not a profile")
@@ -52,6 +54,8 @@ class Profile:
                     self.regions[-1][2].append((int(fields[0]), int(fields[1], 16), int(fields[2])))
                 elif kind == "exit":
                     self.regions[-1][3].append((int(fields[0]), int(fields[1]), int(fields[2])))
+                elif kind in ("wait", "hold"):
+                    self.locks.append((kind, int(fields[0]), int(fields[1], 16), int(fields[2]), int(fields[3])))
 
     def typical(self):
         """The regions within 1 % of the median length: those no interrupt hit."""
@@ -277,6 +281,8 @@ def arguments():
     add("--symbols", action="append", default=[], metavar="LEVEL=FILE", help="more symbols for a level: ELF, System.map or kallsyms")
     add("--file", action="append", default=[], metavar="SRC=DST", help="put a file into L0")
     add("--kernel", metavar="VERSION", help="kernel version (default: the lab's)")
+    add("--locks", action="store_true", help="how long L0's readers' and writers' locks were held and waited for, too (whole run)")
+    add("--cpus", type=int, metavar="N", help="processors of L0 (default 1)")
     for hidden in ("--kernel-tree", "--emulator", "--busybox"):
         add(hidden, help=argparse.SUPPRESS)
     add("--bare", action="store_true", help=argparse.SUPPRESS)
@@ -292,15 +298,17 @@ def record(args):
     if os.path.isdir(args.out):
         shutil.rmtree(args.out)
     os.makedirs(args.out)
-    run = [sys.executable, "-m", "emu", "run", "--prof", "--out", args.out]
+    run = [sys.executable, "-m", "emu", "run"]
     for name in ("kernel", "kernel_tree", "emulator", "busybox"):
         if getattr(args, name):
             run += ["--" + name.replace("_", "-"), getattr(args, name)]
+    environment = {**os.environ, **({"MATRYOSHKA_LOCKS": locks.functions(args.out, run)} if args.locks else {})}
+    run += ["--prof", "--out", args.out] + (["--cpus", str(args.cpus)] if args.cpus else [])
     for entry in args.file:
         run += ["--file", entry]
     run += ["--bare"] if args.bare else []
     run += ["--", "sh", "-c", f"{command}; s=$?; cat /proc/kallsyms >/out/kallsyms; exit $s"]
-    return subprocess.run(run, check=False).returncode
+    return subprocess.run(run, check=False, env=environment).returncode
 
 
 def main():
@@ -329,15 +337,20 @@ def main():
     profile = Profile(path)
     median, total, regions = profile.typical()
     levels = profile.levels(args.depth)
-    stacks = fold(profile, regions, levels, Resolver(tables(args, profile, levels)))
+    resolver = Resolver(tables(args, profile, levels))
+    stacks = fold(profile, regions, levels, resolver)
     with open(os.path.join(args.out, "profile.folded"), "w", encoding="utf-8") as f:
         for frames, count in sorted(stacks.items()):
             f.write(f"{';'.join(frames)} {count}\n")
     with open(os.path.join(args.out, "profile.txt"), "w", encoding="utf-8") as f:
-        report(stacks, exits(regions, levels), sum(r[1] for r in regions), median, total, f)
+        if regions:
+            report(stacks, exits(regions, levels), sum(r[1] for r in regions), median, total, f)
+        if profile.locks:
+            locks.report(profile.locks, lambda site: resolver.name(0, site), f)
     with open(os.path.join(args.out, "profile.txt"), encoding="utf-8") as f:
         sys.stdout.write(f.read())
-    print(f"\nstacks for flame-graph tools: {os.path.join(args.out, 'profile.folded')}")
+    if regions:
+        print(f"\nstacks for flame-graph tools: {os.path.join(args.out, 'profile.folded')}")
     return 0
 
 

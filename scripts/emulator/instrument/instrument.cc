@@ -23,6 +23,10 @@
 //
 // Regions of different length are kept apart, so that those that an interrupt hit can be left out afterwards.
 // The result is written to the file $MATRYOSHKA_PROFILE when the emulator ends.
+//
+// Locks. $MATRYOSHKA_LOCKS names functions of L0 that take a lock (first argument) and those that release it, as
+// take=release,... in hexadecimal. Every wait and every hold counts then, in regions or not, by the place that took the lock.
+// A hold belongs to the stack that it was taken on, so to a task, wherever that runs and whoever runs meanwhile.
 
 #include "bochs.h"
 #include "cpu/cpu.h"
@@ -104,6 +108,32 @@ struct Cpu {
   Bit64u *last = NULL;   // counter of the instruction under way
   Bit64u since = 0;      // the instruction count when it began
 };
+
+// A lock being taken, or held.
+struct Hold {
+  size_t pair;        // which functions
+  Bit64u site;        // the place that took it
+  Bit64u rsp;         // its stack pointer behind the call
+  Bit64u since;       // the instruction count, when the call was made or when it came back
+  bool held;
+};
+
+struct LockKey {
+  Bit64u lock, stack;
+  bool operator==(const LockKey &o) const { return lock == o.lock && stack == o.stack; }
+};
+
+struct LockHash {
+  size_t operator()(const LockKey &k) const { return mix(k.lock ^ mix(k.stack)); }
+};
+
+typedef std::map<Bit64u, Bit64u> Lengths; // how often, by instructions
+struct LockUse { Lengths waits, holds; };
+
+std::vector<std::pair<Bit64u, Bit64u> > lock_pairs;     // functions that take and release
+std::unordered_map<LockKey, Hold, LockHash> lock_holds;
+std::unordered_map<Bit64u, std::vector<LockKey> > lock_waits; // by stack
+std::map<std::pair<size_t, Bit64u>, LockUse> lock_uses; // by pair and site
 
 std::deque<Context> contexts(1); // pointers into it stay good
 std::vector<Node> nodes;
@@ -192,10 +222,63 @@ void settle(unsigned cpu, Cpu &c)
   c.since = now;
 }
 
+bool enters(Bit64u to, Bit64u function)
+{
+  return to == function || to == function + 4; // behind its ENDBR
+}
+
+// L0 jumps or calls: does it take or release a lock?
+void lock_call(unsigned cpu, Cpu &c, Bit64u rsp, Bit64u from, Bit64u to)
+{
+  LockKey key = { BX_CPU(cpu)->gen_reg[BX_64BIT_REG_RDI].rrx, c.key };
+  Bit64u now = BX_CPU(cpu)->get_icount();
+  for (size_t n = 0; n < lock_pairs.size(); n++) {
+    if (enters(to, lock_pairs[n].first)) {
+      Hold hold = { n, from, rsp, now, false };
+      lock_holds[key] = hold;
+      lock_waits[key.stack].push_back(key);
+    }
+    else if (enters(to, lock_pairs[n].second)) {
+      std::unordered_map<LockKey, Hold, LockHash>::iterator found = lock_holds.find(key);
+      if (found == lock_holds.end()) continue;
+      Hold &hold = found->second;
+      if (hold.held && hold.pair == n) lock_uses[std::make_pair(n, hold.site)].holds[now - hold.since]++;
+      lock_holds.erase(found);
+    }
+  }
+}
+
+// L0 returns: has it taken the lock?
+void lock_return(unsigned cpu, Cpu &c, Bit64u rsp)
+{
+  std::unordered_map<Bit64u, std::vector<LockKey> >::iterator found = lock_waits.find(c.key);
+  if (found == lock_waits.end()) return;
+  Bit64u now = BX_CPU(cpu)->get_icount();
+  std::vector<LockKey> &waits = found->second;
+  while (! waits.empty()) {
+    std::unordered_map<LockKey, Hold, LockHash>::iterator at = lock_holds.find(waits.back());
+    if (at != lock_holds.end()) {
+      Hold &hold = at->second;
+      if (rsp <= hold.rsp) break; // something that it calls
+      lock_uses[std::make_pair(hold.pair, hold.site)].waits[now - hold.since]++;
+      hold.since = now;
+      hold.held = true;
+    }
+    waits.pop_back();
+  }
+  if (waits.empty()) lock_waits.erase(found);
+}
+
+void write_lengths(FILE *f, const char *what, size_t pair, Bit64u site, const Lengths &lengths)
+{
+  for (Lengths::const_iterator i = lengths.begin(); i != lengths.end(); i++)
+    fprintf(f, "%s %zu %llx %llu %llu\n", what, pair, (unsigned long long) site, (unsigned long long) i->first, (unsigned long long) i->second);
+}
+
 void write_profile()
 {
   const char *path = getenv("MATRYOSHKA_PROFILE");
-  if (! path || regions.empty()) return;
+  if (! path || (regions.empty() && lock_uses.empty())) return;
   FILE *f = fopen(path, "w");
   if (! f) { perror(path); return; }
   fprintf(f, "matryoshka-profile 1\n");
@@ -212,8 +295,29 @@ void write_profile()
     for (Exits::iterator i = r->second.exits.begin(); i != r->second.exits.end(); i++)
       fprintf(f, "exit %d %u %llu\n", i->first.first, i->first.second, (unsigned long long) i->second);
   }
+  for (std::map<std::pair<size_t, Bit64u>, LockUse>::iterator i = lock_uses.begin(); i != lock_uses.end(); i++) {
+    write_lengths(f, "wait", i->first.first, i->first.second, i->second.waits);
+    write_lengths(f, "hold", i->first.first, i->first.second, i->second.holds);
+  }
   fclose(f);
 }
+
+// Done once, before the first instruction.
+bool read_locks()
+{
+  const char *text = getenv("MATRYOSHKA_LOCKS");
+  unsigned long long take, release;
+  int length;
+  while (text && sscanf(text, "%llx=%llx%n", &take, &release, &length) == 2) {
+    lock_pairs.push_back(std::make_pair((Bit64u) take, (Bit64u) release));
+    text += length;
+    if (*text == ',') text++;
+  }
+  if (! lock_pairs.empty()) atexit(write_profile);
+  return true;
+}
+
+const bool locks_known = read_locks();
 
 } // namespace
 
@@ -222,7 +326,7 @@ void bx_instr_profile(unsigned cpu, bool on)
   static bool registered = false;
   if (! registered) {
     registered = true;
-    atexit(write_profile);
+    if (lock_pairs.empty()) atexit(write_profile);
   }
   if (on) {
     counts.clear();
@@ -263,10 +367,16 @@ void matryoshka_instruction(unsigned cpu)
 void matryoshka_branch(unsigned cpu, unsigned what, bx_address from, bx_address to)
 {
   bool call = BX_INSTR_IS_CALL_KIND(what);
-  if (! call && what != BX_INSTR_IS_RET) return;
+  bool locks = ! lock_pairs.empty() && ! BX_CPU(cpu)->in_vmx_guest;
+  if (! call && what != BX_INSTR_IS_RET && ! locks) return;
   Cpu &c = cpus[cpu];
   Bit64u rsp = BX_CPU(cpu)->gen_reg[BX_64BIT_REG_RSP].rrx;
   locate(cpu, c, rsp);
+  if (locks) {
+    if (what == BX_INSTR_IS_RET) lock_return(cpu, c, rsp);
+    else lock_call(cpu, c, rsp, from, to);
+    if (! call && what != BX_INSTR_IS_RET) return;
+  }
   if (! call) {
     // the stack pointer may fall again before the next call (alloca): it is over now
     while (! c.stack->empty() && c.stack->back().rsp < rsp) c.stack->pop_back();
