@@ -455,9 +455,11 @@ impl Memory {
         // SAFETY: By this function's contract, preemption being off.
         unsafe {
             let changed = self.save(vcpu, pages, count);
-            // Stock takes the PDPTEs from a vmcs12 only if a field that it does not shadow was written since, with the
-            // same value as well; here such a write leaves no trace. (Its own shadowing of CR0 and CR4 forgets that.)
-            let pdptes = Vmcs12::from_hook(pages.vmcs12).has_pae_paging();
+            // Stock takes the PDPTEs from a vmcs12 only if a field that it does not shadow was written since, be it with
+            // the same value; a write of a learned field leaves no trace then. Always taking them is what the SDM wants.
+            let pdptes = !self.checking
+                && Vmcs12::from_hook(pages.vmcs12).has_pae_paging()
+                && !self.learner.learned().is_empty();
             if (changed || pdptes) && vcpu.fetch_late_fields() {
                 vcpu.mark_vmcs12_dirty();
             }

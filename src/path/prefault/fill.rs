@@ -23,7 +23,7 @@ use core::{
 use kernel::prelude::*;
 
 /// Entries that are looked at under one hold of the lock.
-const CHUNK: usize = 64;
+const CHUNK: usize = 16;
 /// Pages the host does not have, after which a fill gives up.
 const PATIENCE: usize = 4;
 
@@ -183,8 +183,8 @@ fn fill_pages(
     }
 }
 
-/// Fills the empty entries of a block, from `page` on upwards and then downwards, in both directions until a chunk has
-/// none that EPT12 maps. `aims`: L2 waits for the page. May sleep.
+/// Fills the empty entries of a block, from `page` on upwards and then downwards, in both directions until a chunk beyond the
+/// first has none that EPT12 maps. `aims`: L2 waits for the page. May sleep.
 fn fill(vcpu: Vcpu, block: &Block, page: u64, aims: bool) -> Outcome {
     let aim = window::index(page);
     let mut out = Outcome {
@@ -208,7 +208,8 @@ fn fill(vcpu: Vcpu, block: &Block, page: u64, aims: bool) -> Outcome {
             out.mapped = 0;
             fill_chunk(vcpu, block.first << 12, range, &mut out);
         }
-        out.reason.is_none() && out.mapped != 0
+        // In the first there may be nothing left but what was filled just now, and the guest is about to leave it.
+        out.reason.is_none() && (out.mapped != 0 || first == middle)
     };
     upwards.take_while(|&first| chunks(first)).for_each(drop);
     downwards.take_while(|&first| chunks(first)).for_each(drop);
