@@ -7,27 +7,15 @@
 use core::arch::asm;
 use core::fmt;
 
+use super::apic::{self, read, write, EOI, IRR, ISR, PPR, SELF_IPI, TPR};
 use super::bed::{Bed, Details};
 use super::exits::program;
 use super::log;
-use crate::cpu::{cpuid, rdmsr, wrmsr};
 use crate::vmx::field::*;
 use crate::vmx::ops::{vmread, vmwrite, VmxError};
 use crate::vmx::setup::Features;
 
 const GROUP: &str = "interrupts";
-
-const IA32_APIC_BASE: u32 = 0x1b;
-/// Enabled, in x2APIC mode.
-const X2APIC: u64 = 3 << 10;
-/// Registers of the local APIC in that mode (SDM volume 3, table 12-6).
-const TPR: u32 = 0x808;
-const PPR: u32 = 0x80a;
-const EOI: u32 = 0x80b;
-const SPURIOUS: u32 = 0x80f;
-const ISR: u32 = 0x810;
-const IRR: u32 = 0x820;
-const SELF_IPI: u32 = 0x83f;
 
 /// Pin-based: external interrupts leave the child.
 const EXITING: u64 = 1 << 0;
@@ -89,26 +77,12 @@ impl fmt::Display for Apic {
     }
 }
 
-fn read(register: u32) -> u64 {
-    rdmsr(register).unwrap_or(u64::MAX)
-}
-
-fn write(register: u32, value: u64) {
-    // SAFETY: registers of the local APIC, while this payload takes no interrupt.
-    if let Err(fault) = unsafe { wrmsr(register, value) } {
-        log!("{}/register {:#x}: FAIL: {}", GROUP, register, fault);
-    }
-}
-
 /// The group.
 pub fn run(level: u32) -> Result<(), VmxError> {
-    if cpuid(1, 0).2 & 1 << 21 == 0 {
+    let Some(_enabled) = apic::Enabled::new() else {
         log!("{}: no x2APIC", GROUP);
         return Ok(());
-    }
-    let before = read(IA32_APIC_BASE);
-    write(IA32_APIC_BASE, before | X2APIC);
-    write(SPURIOUS, 0x1ff);
+    };
     let mut bed = Bed::new(GROUP);
     let mut result = Ok(());
     for features in [Features::default(), bed.modern()] {
@@ -117,10 +91,6 @@ pub fn run(level: u32) -> Result<(), VmxError> {
             result = children(&mut bed, features);
         }
     }
-    write(TPR, 0);
-    // There is no way back from x2APIC mode but through none.
-    write(IA32_APIC_BASE, before & !X2APIC);
-    write(IA32_APIC_BASE, before);
     result
 }
 

@@ -7,6 +7,7 @@
 //!
 //! A group is a function in a module of its own; add it to [`GROUPS`].
 
+mod apic;
 mod bed;
 mod controls;
 mod copies;
@@ -24,6 +25,8 @@ mod links;
 mod model;
 mod pages;
 mod pair;
+mod pdptes;
+mod pending;
 mod script;
 mod shadowing;
 mod touch;
@@ -76,6 +79,10 @@ const GROUPS: &[Group] = &[
         run: interrupts::run,
     },
     Group {
+        name: "pending",
+        run: pending::run,
+    },
+    Group {
         name: "memory",
         run: |_| touch::run(),
     },
@@ -86,6 +93,10 @@ const GROUPS: &[Group] = &[
     Group {
         name: "launches",
         run: launches::run,
+    },
+    Group {
+        name: "pdptes",
+        run: |_| pdptes::run(),
     },
     Group {
         name: "shadowing",

@@ -113,12 +113,17 @@ pub fn fill(page: u64, value: u64, pages: u64) {
     }
 }
 
-/// The sum of a stack's page. Left out is RF in what may be flags that were pushed: it tells whether a page was missing in
-/// EPT02 just then, which may be at any time.
-pub fn stack_sum(page: u64) -> u64 {
+/// A word of a stack, but for RF in what may be flags that were pushed: it tells whether a page was missing in EPT02 just
+/// then, which may be at any time.
+pub fn stack_word(address: u64) -> u64 {
     const RF: u64 = 1 << 16 | 1 << 48;
+    get(address) & !RF
+}
+
+/// The sum of a stack's page.
+pub fn stack_sum(page: u64) -> u64 {
     (0..PAGE / 8).fold(0, |sum, word| {
-        super::super::model::fold(sum, get(page + word * 8) & !RF)
+        super::super::model::fold(sum, stack_word(page + word * 8))
     })
 }
 

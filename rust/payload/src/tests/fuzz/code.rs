@@ -148,15 +148,16 @@ fn snippet(numbers: &mut Numbers, arena: &Arena, code: &mut Writer) {
         }
         9 => {
             code.set(EDX, any(numbers, &[0x80, 0x4d30]));
+            // Not repeated: a child that comes here another way may have any count, and KVM asks the VMM for each.
             code.set(ECX, 1 + numbers.below(3) as u64);
             let memory = address(numbers, arena);
             code.set(ESI, memory);
             code.set(EDI, memory);
             code.bytes(match numbers.below(4) {
-                0 => &[0x6e],       // outsb
-                1 => &[0xf3, 0x6f], // rep outsd
-                2 => &[0x6c],       // insb
-                _ => &[0xf3, 0x6d], // rep insd
+                0 => &[0x6e], // outsb
+                1 => &[0x6f], // outsd
+                2 => &[0x6c], // insb
+                _ => &[0x6d], // insd
             });
         }
         10 => toggle(

@@ -11,6 +11,7 @@ use crate::cpu;
 use crate::vmx::child::{self, How};
 use crate::vmx::field::*;
 use crate::vmx::ops::{vmclear, vmread, vmwrite, VmxError};
+use crate::vmx::setup::IA32E_MODE_GUEST;
 
 const EXCEPTION: u64 = 0;
 const TRIPLE_FAULT: u64 = 2;
@@ -59,6 +60,8 @@ fn enter(world: &mut World, how: How, numbers: &mut Numbers, log: &mut Log) -> E
             vmread(GUEST_RIP).unwrap_or(0),
         ],
     );
+    // Without a current VMCS, which entering will say, there is nothing to load.
+    let _ = load_pdptes(world);
     let vmcs = world.vmcs();
     // SAFETY: children live in the arena, by their page tables or by EPT; `OURS` keeps the host state.
     let result = unsafe { child::enter(how, &mut vmcs.registers) };
@@ -78,6 +81,8 @@ fn enter(world: &mut World, how: How, numbers: &mut Numbers, log: &mut Log) -> E
     };
     if reason >> 31 & 1 == 1 {
         log.note("entry failure", &[reason, qualification]);
+        // KVM may have failed before it loaded the PDPTEs, and would not on the next entry.
+        world.vmcs().pae = false;
         note_host(numbers, log);
         return End::EntryFailure;
     }
@@ -212,6 +217,19 @@ pub fn some(world: &mut World, numbers: &mut Numbers, log: &mut Log) -> Result<(
     Ok(())
 }
 
+/// Has KVM take the PDPTEs from a vmcs12 whose child has PAE paging and had not when it was entered last: it does so only
+/// if a field that it does not shadow was written, and so forgets it where CR0 or CR4 alone turn that paging on.
+fn load_pdptes(world: &mut World) -> Result<(), VmxError> {
+    let pae = vmread(VM_ENTRY_CONTROLS)? & IA32E_MODE_GUEST == 0
+        && vmread(GUEST_CR0)? & 1 << 31 != 0
+        && vmread(GUEST_CR4)? & 1 << 5 != 0;
+    if pae && !core::mem::replace(&mut world.vmcs().pae, pae) {
+        vmwrite(GUEST_PDPTR0, vmread(GUEST_PDPTR0)?)?;
+    }
+    world.vmcs().pae = pae;
+    Ok(())
+}
+
 /// Does what a hypervisor might do after an exit. False if the child cannot go on as it is.
 fn react(
     world: &mut World,
@@ -311,8 +329,10 @@ pub fn violate(world: &mut World, numbers: &mut Numbers, log: &mut Log) -> Resul
         let (field, value) = match numbers.below(4) {
             0 => {
                 let (field, _) = EVERY[numbers.below(EVERY.len())];
+                // What exits leave in a read-only field may be undefined.
                 let value = match numbers.below(4) {
                     0 => numbers.next(),
+                    1 if field >> 10 & 3 == 1 => 1 << numbers.below(64),
                     1 => vmread(field).unwrap_or(0) ^ 1 << numbers.below(64),
                     2 => 0,
                     _ => numbers.next() & 0xffff_f000,

@@ -351,7 +351,7 @@ fn finish(
         log.note("page", &[page, sum]);
         if (arena::page::STACK..arena::page::GDT).contains(&page) {
             for offset in (0..crate::memory::PAGE).step_by(8) {
-                let value = arena::get(address + offset);
+                let value = arena::stack_word(address + offset);
                 if value != 0 {
                     log.does("push", &[offset, value]);
                 }

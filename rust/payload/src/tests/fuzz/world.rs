@@ -54,6 +54,8 @@ pub struct Vmcs {
     pub starts: [u64; SNIPPETS],
     /// The snippet to go on with if the child has lost its way.
     pub next: usize,
+    /// Its child had PAE paging when it was entered last.
+    pub pae: bool,
     /// Its child's registers.
     pub registers: Registers,
     /// Which one it is.
@@ -129,6 +131,7 @@ impl World {
                     launched: false,
                     starts: [0; SNIPPETS],
                     next: 0,
+                    pae: false,
                     registers: Registers::default(),
                     number: number - 1,
                 }
