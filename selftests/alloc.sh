@@ -41,7 +41,7 @@ run() {
 	_name=$1
 	shift
 	mkdir -p "$TMP/$_name"
-	matryoshka bench --test --depth 1 --log "$TMP/$_name" --timeout 900 "$@" >"$TMP/said" 2>&1 ||
+	bench_test --depth 1 --log "$TMP/$_name" --timeout 900 "$@" >"$TMP/said" 2>&1 ||
 		{ cat "$TMP/said"; return 1; }
 }
 

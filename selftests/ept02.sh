@@ -17,7 +17,7 @@ groups() {
 	_tests=$GROUPS_EPT
 	[ "$_depth" -eq 1 ] || _tests=$FEW
 	mkdir -p "$TMP/$_depth"
-	matryoshka bench --test --depth "$_depth" --tests "$_tests" --config "$_config" --set 'prefault/walk=64' \
+	bench_test --depth "$_depth" --tests "$_tests" --config "$_config" --set 'prefault/walk=64' \
 		--log "$TMP/$_depth" --timeout 900
 }
 
@@ -25,7 +25,7 @@ groups() {
 seen() { sed -n "s/^$1 //p" "$DEBUGFS/ept02"; }
 
 planted() {
-	matryoshka bench --test --depth 1 --tests ept_planted --config l0 --log "$TMP/planted" --timeout 300
+	bench_test --depth 1 --tests ept_planted --config l0 --log "$TMP/planted" --timeout 300
 }
 
 # lines WHAT NUMBER: so many lines of the planted log have WHAT.

@@ -8,7 +8,7 @@
 seed=${MATRYOSHKA_FUZZ_SEED:-1}
 programs=${MATRYOSHKA_FUZZ_PROGRAMS:-$(setting fuzz_programs)}
 
-fuzz() { matryoshka bench --test --tests fuzz --depth 1 --seed "$seed" --timeout 600 "$@"; }
+fuzz() { bench_test --tests fuzz --depth 1 --seed "$seed" --timeout 600 "$@"; }
 
 # One batch: --log has the lines of the last one.
 few() { fuzz --programs 250 --config "$1" --log "$TMP/$2"; }

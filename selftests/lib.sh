@@ -181,6 +181,23 @@ guest() {
 	matryoshka nest --depth "${1:-1}" --plain --timeout 900 --args "${2:-ops=hypercall:100}"
 }
 
+# bench_test OPTION...: the payload's tests. How far they are goes to the test's own output, wherever the caller sends the
+# rest: who watches sees that it moves, and the lab does not take the host for hung.
+bench_test() {
+	{
+		{
+			matryoshka bench --test "$@"
+			echo $? >"$TMP/bench-status"
+		} 2>&1 >&4 | while IFS= read -r _line; do
+			case $_line in
+			\[*%\]*) echo "# $_line" >&3 ;;
+			*) echo "$_line" >&4 ;;
+			esac
+		done
+	} 4>&1
+	return "$(cat "$TMP/bench-status")"
+}
+
 need_guest() {
 	[ -c /dev/kvm ] || skip_all "no /dev/kvm: load kvm_intel"
 	grep -q '[Y1]' /sys/module/kvm_intel/parameters/nested || skip_all "kvm_intel is loaded without nested=1"
@@ -273,6 +290,7 @@ begin() {
 	grep -qw vmx /proc/cpuinfo || skip_all "this processor has no VMX"
 	[ -d /sys/module/kvm_intel ] || skip_all "kvm_intel is not loaded"
 	TMP=$(mktemp -d)
+	exec 3>&1
 	trap 'restore' EXIT
 	trap 'exit 130' INT
 	trap 'exit 143' TERM

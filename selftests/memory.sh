@@ -14,7 +14,7 @@ groups() {
 	_name=$1
 	shift
 	mkdir -p "$TMP/$_name"
-	matryoshka bench --test --depth 1 --tests "$TESTS" --set prefault/walk=256 --log "$TMP/$_name" --timeout 900 "$@" \
+	bench_test --depth 1 --tests "$TESTS" --set prefault/walk=256 --log "$TMP/$_name" --timeout 900 "$@" \
 		>"$TMP/said" 2>&1 || { cat "$TMP/said"; return 1; }
 }
 
@@ -25,7 +25,7 @@ violations() { sed -n 's/^all_violations //p' "$DEBUGFS/ept02"; }
 
 crowd() {
 	mkdir -p "$TMP/crowd"
-	matryoshka bench --test --depth 1 --crowd --tests ept_crowd --config stock,l0,check --set prefault/walk=256 \
+	bench_test --depth 1 --crowd --tests ept_crowd --config stock,l0,check --set prefault/walk=256 \
 		--log "$TMP/crowd" --timeout 900 >"$TMP/said" 2>&1 || { cat "$TMP/said"; return 1; }
 }
 

@@ -10,7 +10,7 @@ pair() {
 	_name=$1
 	shift
 	mkdir -p "$TMP/$_name"
-	matryoshka bench --test --depth 1 --pair --tests pair --log "$TMP/$_name" --timeout 900 "$@" \
+	bench_test --depth 1 --pair --tests pair --log "$TMP/$_name" --timeout 900 "$@" \
 		>"$TMP/said" 2>&1 || { cat "$TMP/said"; return 1; }
 }
 

@@ -9,14 +9,14 @@ depths=${MATRYOSHKA_PROBE_DEPTHS:-1 2}
 # probe DEPTH: runs it with each config; a log for each in $TMP/DEPTH.
 probe() {
 	mkdir -p "$TMP/$1"
-	matryoshka bench --test --depth "$1" --config stock,l0,check --log "$TMP/$1"
+	bench_test --depth "$1" --config stock,l0,check --log "$TMP/$1"
 }
 
 # detoured DEPTH: runs it with the paths on, and one call in three of those that nested_switch could answer sent to the
 # stock code, chosen at random.
 detoured() {
 	echo "3 $1" >"$SYS/detour" || return 1
-	matryoshka bench --test --depth "$1" --config l0 --log "$TMP/$1/detour"
+	bench_test --depth "$1" --config l0 --log "$TMP/$1/detour"
 	_status=$?
 	echo 0 >"$SYS/detour"
 	return $_status

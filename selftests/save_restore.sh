@@ -15,14 +15,14 @@ saved() { sed -n "s/^saved and restored.*[^0-9]\([0-9]*\) $1.*/\1/p" "$TMP/said"
 # disturbed DEPTH TESTS SEED CONFIGS: runs the tests with each config, saving and restoring.
 disturbed() {
 	mkdir -p "$TMP/$1"
-	matryoshka bench --test --depth "$1" --tests "$2" --shuffle "$3" --config "$4" --log "$TMP/$1" \
+	bench_test --depth "$1" --tests "$2" --shuffle "$3" --config "$4" --log "$TMP/$1" \
 		--timeout 900 >"$TMP/said" 2>&1 || { cat "$TMP/said"; return 1; }
 }
 
 # undisturbed DEPTH TESTS
 undisturbed() {
 	mkdir -p "$TMP/still-$1"
-	matryoshka bench --test --depth "$1" --tests "$2" --config stock --log "$TMP/still-$1"
+	bench_test --depth "$1" --tests "$2" --config stock --log "$TMP/still-$1"
 }
 
 begin

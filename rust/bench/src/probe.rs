@@ -9,6 +9,7 @@ use protocol::{Command, Config, Line};
 use vmm::stack::{self, Handler, Inner, Spec};
 
 use crate::args::BenchArgs;
+use crate::progress::Progress;
 use crate::session::{ended_well, need_module};
 use crate::{Code, Failure};
 
@@ -30,14 +31,29 @@ struct Probe {
     logs: Vec<Log>,
     errors: Vec<String>,
     verbose: bool,
+    progress: Progress,
+}
+
+impl Probe {
+    /// Says where the tests are: at which group, and how far through what the first configuration logged.
+    fn show(&mut self, text: &str) {
+        let group = text.split(['/', ':', ' ']).next().unwrap_or(text);
+        self.progress.part(group);
+        if let [first, .., _] = &self.logs[..] {
+            self.progress.advance(1.0 / first.lines.len().max(1) as f64);
+        }
+    }
 }
 
 impl Handler for Probe {
     fn next_command(&mut self) -> u32 {
+        if self.logs.len() == 1 {
+            self.progress.advance(1.0);
+        }
         let Some(config) = self.rounds.pop_front() else {
             return Command::End.encode();
         };
-        eprintln!("testing L{} with {}", self.level, config.name());
+        self.progress.round(self.level, config);
         self.logs.push(Log {
             config,
             lines: Vec::new(),
@@ -51,18 +67,21 @@ impl Handler for Probe {
 
     fn console_line(&mut self, level: u32, line: &str) {
         match Line::parse(line) {
-            Line::Test(text) if level == self.level => match self.logs.last_mut() {
-                Some(log) => log.lines.push(text.to_owned()),
-                None => self
-                    .errors
-                    .push(format!("a test line before any test: {text}")),
-            },
+            Line::Test(text) if level == self.level => {
+                self.show(text);
+                match self.logs.last_mut() {
+                    Some(log) => log.lines.push(text.to_owned()),
+                    None => self
+                        .errors
+                        .push(format!("a test line before any test: {text}")),
+                }
+            }
             Line::Note(text) if level == self.level => {
                 let config = self.logs.last().map_or("", |log| log.config.name());
-                println!("{config}: {text}");
+                self.progress.print(&format!("{config}: {text}"));
             }
             Line::Error(what) => self.errors.push(what.to_owned()),
-            _ if self.verbose => println!("L{level}| {line}"),
+            _ if self.verbose => self.progress.print(&format!("L{level}| {line}")),
             _ => {}
         }
     }
@@ -95,7 +114,9 @@ pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
         logs: Vec::new(),
         errors: Vec::new(),
         verbose: args.verbose,
+        progress: Progress::new(args.config.len() as f64),
     };
+    probe.progress.boot(level);
     let spec = Spec {
         knobs: args.knobs.clone(),
         ..Spec::new(
@@ -114,6 +135,7 @@ pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
         )
     };
     let outcome = stack::run(&spec, &args.files(), args.local(), &mut probe)?;
+    drop(probe.progress);
     if let Some(directory) = &args.log {
         for log in &probe.logs {
             let file = directory.join(format!("{}.log", log.config.name()));

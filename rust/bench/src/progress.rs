@@ -2,9 +2,14 @@
 //! Progress of a run: a bar on a terminal, and a line for each step elsewhere.
 
 use std::io::IsTerminal;
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use protocol::{Config, Op};
+
+/// How long a log is left without a line while a round goes on. Whoever waits for it (the lab ends an emulated host that
+/// is silent for long) sees that it moves; a round that is over sooner costs the log one line.
+const QUIET: Duration = Duration::from_secs(1);
 
 /// Steps are weighted with what they are expected to cost, so that the estimate of the time left holds
 /// for a run whose last steps take longest.
@@ -14,6 +19,7 @@ pub struct Progress {
     total: f64,
     done: f64,
     at: String,
+    said: Instant,
 }
 
 impl Progress {
@@ -33,6 +39,7 @@ impl Progress {
             total: total.max(1.0),
             done: 0.0,
             at: String::new(),
+            said: Instant::now(),
         }
     }
 
@@ -52,6 +59,13 @@ impl Progress {
         self.bar.set_message(format!("{}: {}", self.at, op.name()));
     }
 
+    /// A part of a round begins, which may be short: a log is told of one now and then.
+    pub fn part(&mut self, name: &str) {
+        if self.terminal || self.said.elapsed() >= QUIET {
+            self.say(format!("{}: {name}", self.at));
+        }
+    }
+
     /// A step of that weight is over.
     pub fn advance(&mut self, weight: f64) {
         self.done += weight;
@@ -69,7 +83,8 @@ impl Progress {
         self.bar.suspend(|| eprintln!("matryoshka: {line}"));
     }
 
-    fn say(&self, message: String) {
+    fn say(&mut self, message: String) {
+        self.said = Instant::now();
         if self.terminal {
             self.bar.set_message(message);
         } else {
