@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0
 # Migration cannot tell: L1 is saved and restored into a new VM, nested state and all, hundreds of times in the middle
 # of its tests of VMCSs, while it has changes that memory has not and while its own guest runs. What it prints is, byte
-# for byte, what it prints undisturbed on the stock code.
+# for byte, what it prints undisturbed on the stock code. Nor can a reset: the same with one in between, in the same vCPU.
 . "$(dirname "$0")/lib.sh"
 
 tests=turns,launches,shadowing,links,copies,pages
@@ -19,6 +19,13 @@ disturbed() {
 		--timeout 900 >"$TMP/said" 2>&1 || { cat "$TMP/said"; return 1; }
 }
 
+# rebooted TESTS SEED CONFIGS: the same at depth 1, but into the VM and vCPU that it was in, after a reset.
+rebooted() {
+	mkdir -p "$TMP/reset"
+	bench_test --depth 1 --tests "$1" --shuffle "$2" --reset --config "$3" --log "$TMP/reset" \
+		--timeout 900 >"$TMP/said" 2>&1 || { cat "$TMP/said"; return 1; }
+}
+
 # undisturbed DEPTH TESTS
 undisturbed() {
 	mkdir -p "$TMP/still-$1"
@@ -27,7 +34,7 @@ undisturbed() {
 
 begin
 need_guest
-plan 14
+plan 19
 check "the tests run undisturbed" undisturbed 1 $tests
 check "and saved and restored, with the module absent, on and in mode check" disturbed 1 $tests 1 stock,l0,check
 sed -n '/^saved/s/^/# /p' "$TMP/said"
@@ -36,6 +43,12 @@ check "and while L2 ran" at_least times 20 "$(saved in)"
 check "stock: the same as undisturbed" same_log "$TMP/still-1/stock.log" "$TMP/1/stock.log"
 check "the paths on: the same" same_log "$TMP/still-1/stock.log" "$TMP/1/l0.log"
 check "mode check: the same" same_log "$TMP/still-1/stock.log" "$TMP/1/check.log"
+check "reset by the VMM and put back, with the module on and in mode check" rebooted $tests 1 l0,check
+sed -n '/^saved/s/^/# /p' "$TMP/said"
+check "while L1 had a VMCS that memory did not have" at_least times 40 "$(saved with)"
+check "and while L2 ran" at_least times 20 "$(saved in)"
+check "the paths on: the same" same_log "$TMP/still-1/stock.log" "$TMP/reset/l0.log"
+check "mode check: the same" same_log "$TMP/still-1/stock.log" "$TMP/reset/check.log"
 check "in a guest of a Linux they run undisturbed" undisturbed 2 $inner
 check "and with that Linux saved and restored, from its boot on" disturbed 2 $inner 1 stock,check
 sed -n '/^saved/s/^/# /p' "$TMP/said"

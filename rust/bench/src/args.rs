@@ -102,6 +102,10 @@ pub struct BenchArgs {
     #[arg(long, requires = "test", value_name = "SEED")]
     pub shuffle: Option<u64>,
 
+    /// With --shuffle: keep VM and vCPU, but reset the vCPU in between
+    #[arg(long, requires = "shuffle")]
+    pub reset: bool,
+
     /// With --test: give the payload a second processor, for the group `pair`
     #[arg(long, requires = "test")]
     pub pair: bool,
@@ -229,6 +233,7 @@ impl BenchArgs {
         Local {
             limit: self.timeout.map(Duration::from_secs),
             shuffle: self.shuffle,
+            reset: self.reset,
             roam: self.roam,
             churn: self.churn,
             missing: self.userfaultfd,

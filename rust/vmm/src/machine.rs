@@ -56,6 +56,8 @@ pub struct Config {
     /// Replace VM and vCPU by new ones now and then, at points that this seed decides
     /// ([`shuffle`]). Only with one CPU.
     pub shuffle: Option<u64>,
+    /// Then keep them, but reset the vCPU before its state is put back.
+    pub reset: bool,
     /// Every vCPU begins at the entry, with its number in RSI, instead of waiting for INIT and SIPI.
     pub all_begin: bool,
     /// Move the vCPUs' threads from one processor of the host to the other all the time.
@@ -78,6 +80,7 @@ impl Default for Config {
             escape: false,
             limit: None,
             shuffle: None,
+            reset: false,
             all_begin: false,
             roam: false,
             churn: false,

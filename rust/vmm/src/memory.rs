@@ -74,6 +74,8 @@ impl Mapping {
         };
         // Only speed depends on whether the kernel takes this one.
         m.advise(len, advice);
+        // As QEMU does: a host with KSM at work may merge guests' pages. A kernel without KSM says no.
+        m.advise(len, libc::MADV_MERGEABLE);
         Ok(m)
     }
 

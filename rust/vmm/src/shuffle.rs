@@ -6,6 +6,8 @@
 //! just been made, and the old ones are dropped. A guest must not be able to tell, whatever it was
 //! doing: that is a test of whoever keeps state of a vCPU beside KVM's own.
 //!
+//! Or in the same VM and vCPU, after a reset ([`Config::reset`]): what a reboot does to whoever keeps such state.
+//!
 //! When it happens is decided by numbers from a seed: after so many exits to user space, and after so
 //! many microseconds, wherever the vCPU is then.
 
@@ -89,6 +91,8 @@ pub(crate) struct Shuffler<'a> {
     mem: &'a Memory,
     config: &'a Config,
     irq: EventFd,
+    /// What a vCPU is like that has just been made, to reset ours.
+    fresh: Option<VcpuState>,
     numbers: Numbers,
     exits: u64,
     counts: Counts,
@@ -103,12 +107,22 @@ impl<'a> Shuffler<'a> {
         seed: u64,
     ) -> Result<Self> {
         let mut numbers = Numbers::new(seed);
+        let kvm = machine::Machine::open_kvm()?;
+        let fresh = match config.reset {
+            false => None,
+            true => {
+                let vm = machine::new_vm(&kvm, config, mem)?;
+                let vcpu = vm.create_vcpu(0).map_err(Error::kvm("KVM_CREATE_VCPU"))?;
+                Some(VcpuState::save(&kvm, &vcpu)?)
+            }
+        };
         Ok(Shuffler {
-            kvm: machine::Machine::open_kvm()?,
+            kvm,
             vm,
             mem,
             config,
             irq,
+            fresh,
             exits: numbers.around(factor(config) * EXITS),
             numbers,
             counts: Counts::default(),
@@ -124,9 +138,16 @@ impl<'a> Shuffler<'a> {
         }
     }
 
-    /// Replaces VM and vCPU. Nothing of the last exit may be left to be completed.
+    /// Replaces VM and vCPU, or resets the latter and puts everything back. Nothing of the last exit may be left to be completed.
     pub(crate) fn shuffle(&mut self, vcpu: &mut VcpuFd) -> Result<()> {
         let state = VcpuState::save(&self.kvm, vcpu)?;
+        self.counts.all += 1;
+        self.counts.in_l2 += u64::from(state.in_l2());
+        self.counts.dirty += u64::from(!state.in_l2() && state.dirty(self.mem));
+        if let Some(fresh) = &self.fresh {
+            fresh.reset(vcpu)?;
+            return state.put_back(vcpu);
+        }
         let chips = VmState::save(self.vm, self.config.pit)?;
         let vm = machine::new_vm(&self.kvm, self.config, self.mem)?;
         // An eventfd interrupts one VM at a time.
@@ -135,9 +156,6 @@ impl<'a> Shuffler<'a> {
         let new = vm.create_vcpu(0).map_err(Error::kvm("KVM_CREATE_VCPU"))?;
         state.restore(&new)?;
         chips.restore(&vm)?;
-        self.counts.all += 1;
-        self.counts.in_l2 += u64::from(state.in_l2());
-        self.counts.dirty += u64::from(!state.in_l2() && state.dirty(self.mem));
         // The old vCPU goes before its VM.
         *vcpu = new;
         *self.vm = vm;

@@ -205,6 +205,8 @@ pub struct Local {
     pub limit: Option<Duration>,
     /// Save and restore this level's machine at points that this seed decides ([`shuffle`]).
     pub shuffle: Option<u64>,
+    /// Into the same one, after a reset.
+    pub reset: bool,
     /// Move this level's vCPUs across its processors all the time.
     pub roam: bool,
     /// Change memory slots and the host's page tables beside the guest all the time.
@@ -221,6 +223,7 @@ impl Local {
         machine::Config {
             limit: self.limit,
             shuffle: self.shuffle,
+            reset: self.reset,
             roam: self.roam,
             churn: self.churn,
             missing: self.missing,

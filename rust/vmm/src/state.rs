@@ -176,6 +176,11 @@ impl VcpuState {
             .map_err(Error::kvm("KVM_SET_CPUID2"))?;
         vcpu.set_tsc_khz(self.tsc_khz)
             .map_err(Error::kvm("KVM_SET_TSC_KHZ"))?;
+        self.put_back(vcpu)
+    }
+
+    /// Puts it into a vCPU that has the same CPUID.
+    pub(crate) fn put_back(&self, vcpu: &VcpuFd) -> Result<()> {
         vcpu.set_sregs(&self.sregs)
             .map_err(Error::kvm("KVM_SET_SREGS"))?;
         vcpu.set_lapic(&self.lapic)
@@ -206,6 +211,14 @@ impl VcpuState {
                 .map_err(Error::kvm("KVM_SET_NESTED_STATE"))?;
         }
         Ok(())
+    }
+
+    /// Makes a vCPU what this one was, from which it was read when it had just been made: a reset, as QEMU does it. VMX
+    /// operation ends first, because other requests are taken for L2's while that runs.
+    pub(crate) fn reset(&self, vcpu: &VcpuFd) -> Result<()> {
+        vcpu.set_nested_state(&self.nested)
+            .map_err(Error::kvm("KVM_SET_NESTED_STATE"))?;
+        self.put_back(vcpu)
     }
 
     fn vmxon(&self) -> bool {

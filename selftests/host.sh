@@ -1,0 +1,196 @@
+#!/bin/sh
+# SPDX-License-Identifier: GPL-2.0
+# What may happen to a host under its guests: memory runs short and pages are swapped out or merged, processors go and
+# come, the host is suspended, the VMM is stopped, hit by signals and killed. What guests print is what they print on
+# the stock code, left in peace, and of a VMM that was killed nothing stays.
+. "$(dirname "$0")/lib.sh"
+
+# About pages that the host takes away, and about what is kept of VMCSs between exits.
+MEMORY=pages,links,ept_pages,ept_resume
+SWITCHES=turns,launches
+KSM=/sys/kernel/mm/ksm
+CGROUP=/nonexistent
+# How many VMMs are killed.
+KILLS=8
+
+# groups NAME OPTION...: runs them; logs in $TMP/NAME.
+groups() {
+	_name=$1
+	shift
+	mkdir -p "$TMP/$_name"
+	bench_test --depth 1 --log "$TMP/$_name" --timeout 900 "$@" >"$TMP/said" 2>&1 || { cat "$TMP/said"; return 1; }
+}
+
+# meanwhile NAME ACTIONS OPTION...: groups, with each action again and again beside it; how often is in $TMP/ACTION-times.
+meanwhile() {
+	_name=$1 _actions=$2
+	shift 2
+	rm -f "$TMP/calm"
+	for _action in $_actions; do
+		(
+			_n=0
+			while [ ! -e "$TMP/calm" ]; do
+				if "$_action" >>"$TMP/$_action-said" 2>&1; then _n=$((_n + 1)); fi
+				echo "$_n" >"$TMP/$_action-times"
+			done
+		) &
+		BUSY_JOBS="${BUSY_JOBS:-} $!"
+	done
+	groups "$_name" "$@"
+	_status=$?
+	: >"$TMP/calm"
+	for _job in $BUSY_JOBS; do wait "$_job"; done
+	BUSY_JOBS=
+	return $_status
+}
+
+times() { cat "$TMP/$1-times" 2>/dev/null || echo 0; }
+
+# survives NAME PEACE ACTIONS OPTION...: four cases. PEACE names the run that its logs must be the same as.
+survives() {
+	_run=$1 _peace=$2 _all=$3
+	shift 3
+	check "$_run ($_all): on and in mode check" meanwhile "$_run" "$_all" --config l0,check "$@"
+	for _action in $_all; do say "$_action: $(times "$_action") times"; done
+	check "$_run: on, the same as in peace" same_log "$TMP/$_peace/stock.log" "$TMP/$_run/l0.log"
+	check "$_run: mode check, the same" same_log "$TMP/$_peace/stock.log" "$TMP/$_run/check.log"
+	check "$_run: no mismatch" equal mismatches 0 "$(mismatches)"
+}
+
+# happened ACTION LEAST: one case.
+happened() {
+	case " $happens " in
+	*" $1 "*) check "$1 did happen" at_least times "$2" "$(times "$1")" ;;
+	*) skip "$1 did happen" "not possible on this host" ;;
+	esac
+}
+
+vmstat() { sed -n "s/^$1 //p" /proc/vmstat; }
+
+# --- what happens ---
+
+reclaim() {
+	sleep 0.01
+	echo "16M swappiness=200" >"$CGROUP/vmm/memory.reclaim" || [ "$(vmstat pswpout)" -gt 0 ]
+}
+
+merge() {
+	sleep 0.05
+	[ "$(cat $KSM/pages_sharing)" -gt 0 ]
+}
+
+# As far as the processors and back: the last step before the firmware would take over.
+suspend() {
+	sleep 0.05
+	echo mem >/sys/power/state
+}
+
+unplug() {
+	echo 0 >"$CPU1/online" && sleep 0.03 && echo 1 >"$CPU1/online" && sleep 0.03
+}
+
+hit() {
+	sleep 0.003
+	# shellcheck disable=SC2046 # one for each process
+	kill -STOP $(pidof matryoshka) && kill -CONT $(pidof matryoshka)
+}
+
+# killed ROUNDS: VMMs that end in the middle of whatever they are at.
+killed() {
+	_n=0
+	while [ "$_n" -lt "$1" ]; do
+		guest 1 "$BUSY" >/dev/null 2>&1 &
+		_guest=$!
+		# From the first entries of L1 on to the end of its work.
+		sleep "0.$(printf %03d $((20 + _n * 37 % 120)))"
+		# shellcheck disable=SC2046 # one for each process
+		kill -9 $(pidof matryoshka) 2>/dev/null
+		wait "$_guest"
+		echo $? >>"$TMP/killed"
+		_n=$((_n + 1))
+	done
+}
+
+# nobody_left: no vCPU, and no memory of one. KVM frees a VM a moment after its last descriptor.
+nobody_left() {
+	for _ in 1 2 3 4 5 6 7 8 9 10; do
+		! grep -q '^0 ' "$SYS/vcpus" || return 0
+		sleep 0.1
+	done
+	echo "vCPUs, bytes, most: $(cat "$SYS/vcpus")"
+	return 1
+}
+
+# --- preparations, and what is put back ---
+
+at_end() {
+	: >"$TMP/calm"
+	[ -z "${SWAP:-}" ] || swapoff "$SWAP"
+	[ ! -d "$CGROUP/vmm" ] || { echo $$ >"$CGROUP/cgroup.procs"; rmdir "$CGROUP/vmm"; }
+	[ -z "${MOUNTED:-}" ] || umount "$CGROUP"
+	[ -z "${KSM_RUN:-}" ] || echo "$KSM_RUN" >$KSM/run
+	[ -z "${PM_TEST:-}" ] || echo none >/sys/power/pm_test
+	[ -z "${CPU1:-}" ] || echo 1 >"$CPU1/online"
+}
+
+# has_swap: there is some, or zram can give it; and this shell's children are in a cgroup of their own.
+has_swap() {
+	if ! grep -q '^/' /proc/swaps; then
+		[ -b /dev/zram0 ] || modprobe zram 2>/dev/null
+		echo 256M >/sys/block/zram0/disksize && mkswap /dev/zram0 && swapon /dev/zram0 || return 1
+		SWAP=/dev/zram0
+	fi
+	CGROUP=/sys/fs/cgroup
+	if [ ! -f $CGROUP/cgroup.controllers ]; then
+		CGROUP=$TMP/cgroup
+		mkdir "$CGROUP" && mount -t cgroup2 none "$CGROUP" || return 1
+		MOUNTED=1
+	fi
+	echo +memory >"$CGROUP/cgroup.subtree_control" && mkdir "$CGROUP/vmm" && echo $$ >"$CGROUP/vmm/cgroup.procs" &&
+		[ -f "$CGROUP/vmm/memory.reclaim" ]
+}
+
+begin
+need_guest
+plan 19
+check "left in peace, stock" groups memory --tests $MEMORY --config stock
+check "the same of other tests" groups switches --tests $SWITCHES --config stock
+
+happens=
+if has_swap >"$TMP/swap" 2>&1; then
+	happens=reclaim
+else
+	sed 's/^/# /' "$TMP/swap"
+	say "no swap, no zram, or no cgroup that can be told to give memory back"
+fi
+if [ -w $KSM/run ]; then
+	KSM_RUN=$(cat $KSM/run)
+	echo 2000 >$KSM/pages_to_scan && echo 5 >$KSM/sleep_millisecs && echo 1 >$KSM/run
+	happens="$happens merge"
+fi
+survives scarcity memory "$happens" --tests $MEMORY
+say "pages swapped out: $(vmstat pswpout), in: $(vmstat pswpin); merged and written to: $(vmstat cow_ksm)"
+happened reclaim 10
+happened merge 2
+[ -z "${KSM_RUN:-}" ] || echo 2 >$KSM/run
+
+happens=hit
+if grep -q core /sys/power/pm_test 2>/dev/null && grep -qw mem /sys/power/state; then
+	PM_TEST=core
+	echo core >/sys/power/pm_test
+	echo 0 >/sys/module/suspend/parameters/pm_test_delay
+	happens="$happens suspend"
+fi
+CPU1=/sys/devices/system/cpu/cpu1
+if [ -w $CPU1/online ]; then happens="$happens unplug"; else CPU1=; fi
+survives unrest switches "$happens" --tests $SWITCHES --roam
+happened hit 10
+happened suspend 2
+happened unplug 2
+
+set_mode on
+check "$KILLS VMMs are killed at whatever they are at" killed "$KILLS"
+check "most of them in the middle of it" at_least VMMs $((KILLS / 2)) "$(grep -c 137 "$TMP/killed")"
+check "nothing is left of them" nobody_left
+check "and the next guest runs" guest 1 "$BUSY"
+finish
