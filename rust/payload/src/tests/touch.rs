@@ -6,11 +6,11 @@ use core::arch::asm;
 use protocol::ports::TOUCH_BASE;
 
 use super::bed::Bed;
+use super::ept::toucher::Exit;
 use super::exits::program;
 use super::log;
 use crate::memory::PAGE;
-use crate::vmx::field::*;
-use crate::vmx::ops::{invept, vmread, VmxError};
+use crate::vmx::ops::{invept, VmxError};
 
 /// Last-level entries, all for the page's own address.
 const ENTRIES: [(&str, u64); 16] = [
@@ -57,12 +57,14 @@ pub fn run() -> Result<(), VmxError> {
             invept(1, [bed.ept.pointer(), 0])?;
             let outcome = bed.enter();
             bed.log_exit("", &outcome);
+            // Not the fields themselves: after any other exit they hold what a parent's last one has left there.
+            let exit = Exit::read()?;
             log!(
                 "memory/{} of {}: address {:#x} linear {:#x} entry then {:#x}",
                 access,
                 entry,
-                vmread(GUEST_PHYSICAL_ADDRESS)? / PAGE,
-                vmread(GUEST_LINEAR_ADDRESS)?,
+                exit.address / PAGE,
+                exit.linear,
                 bed.ept.get(0)
             );
         }

@@ -15,7 +15,7 @@ pub mod rights;
 pub mod roots;
 pub mod slots;
 mod tables;
-mod toucher;
+pub mod toucher;
 pub mod walks;
 mod world;
 

@@ -168,7 +168,8 @@ pub struct Exit {
 }
 
 impl Exit {
-    fn read() -> Result<Exit, VmxError> {
+    /// What the last exit of the current VMCS defines of it; 0 where it defines nothing.
+    pub fn read() -> Result<Exit, VmxError> {
         let reason = vmread(VM_EXIT_REASON)?;
         let mut exit = Exit {
             reason,
