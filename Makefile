@@ -37,6 +37,7 @@ help:
 	@echo '  make profile   which kernel functions an operation spends its instructions in:'
 	@echo '                   make profile OP=hypercall DEPTH=2'
 	@echo '  make fuzz      random programs with and without the module, for hours: make fuzz PROGRAMS=100000'
+	@echo '  make xen       Debian'"'"'s Xen as L1 instead of a KVM, with and without the module'
 	@echo '  make shell     a shell on the emulated host, with the module and the tool at hand'
 	@echo '  make lab       only set it up: once, cached in $${MATRYOSHKA_CACHE:-~/.cache/matryoshka}'
 	@echo '  KERNEL=V       with any of these: another kernel than the newest (scripts/lab kernels lists them)'
@@ -58,7 +59,7 @@ help:
 
 # --- in the lab ---
 
-.PHONY: lab build run bench profile shell test soak check fuzz
+.PHONY: lab build run bench profile shell test soak check fuzz xen
 lab:
 	@$(LAB) setup $(if $(KERNEL),--kernel $(KERNEL))
 
@@ -86,6 +87,9 @@ SEED ?= 1
 
 fuzz: build
 	@scripts/fuzz --programs $(PROGRAMS) --seed $(SEED)
+
+xen:
+	@scripts/xen
 
 shell: build
 	@$(EMU) shell $(if $(KERNEL),--kernel $(KERNEL))
