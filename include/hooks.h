@@ -47,10 +47,11 @@
 	HOOK(sync_pir, kvm_intel, vmx_sync_pir_to_irr, 1)		\
 	HOOK(read_cached, kvm, kvm_read_guest_cached, 4)		\
 	HOOK(write_cached, kvm, kvm_write_guest_cached, 4)		\
-	HOOK(read_virt, kvm, kvm_read_guest_virt, 5)
+	HOOK(read_virt, kvm, kvm_read_guest_virt, 5)			\
+	HOOK(flush_guest, kvm_intel, vmx_flush_tlb_guest, 1)
 
 /*
- * KVM functions that Matryoshka calls: CALL(id, module, symbol, nargs), with the same checks, up to 5
+ * KVM functions that Matryoshka calls: CALL(id, module, symbol, nargs), with the same checks, none to 5
  * arguments. Each is reached by a return, never by an indirect call (IBT).
  */
 #define MTK_CALLS(CALL)							\
@@ -75,4 +76,6 @@
 	CALL(new_pgd, kvm, kvm_mmu_new_pgd, 2)				\
 	CALL(unmap, kvm, kvm_vcpu_unmap, 2)				\
 	CALL(set_intercept, kvm_intel, vmx_set_intercept_for_msr, 4)	\
-	CALL(transition_flush, kvm_intel, nested_vmx_transition_tlb_flush, 3)
+	CALL(transition_flush, kvm_intel, nested_vmx_transition_tlb_flush, 3) \
+	CALL(allocate_vpid, kvm_intel, allocate_vpid, 0)		\
+	CALL(free_vpid, kvm_intel, free_vpid, 1)

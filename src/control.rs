@@ -125,7 +125,7 @@ impl Control {
             || path::PATHS
                 .iter()
                 .enumerate()
-                .any(|(n, p)| active(n) && p.hooks.contains(&id))
+                .any(|(n, p)| active(n) && p.all_hooks().any(|own| own == id))
     }
 
     /// The mode that a path can have now.

@@ -36,7 +36,7 @@ static EXPECTED: &[Expected] = &expect! {
     vcpu_vmx {
         vcpu, vt, rflags, vmcs01, loaded_vmcs, rmode, segment_cache, nested, guest_uret_msrs,
         guest_uret_msrs_loaded,
-        msr_autoload,
+        msr_autoload, vpid,
     }
     vmx_uret_msr { load_into_hardware }
     vmx_msrs { nr }
@@ -45,7 +45,7 @@ static EXPECTED: &[Expected] = &expect! {
         current_vmptr, cached_vmcs12, need_vmcs12_to_shadow_sync, dirty_vmcs12,
         need_sync_vmcs02_to_vmcs12_rare, vmcs02, msrs, vmxon, vmxon_ptr, posted_intr_nv,
         cached_shadow_vmcs12, shadow_vmcs12_cache, apic_access_page_map, virtual_apic_map, pi_desc_map, pi_desc,
-        force_msr_bitmap_recalc,
+        force_msr_bitmap_recalc, vpid02,
     }
     nested_vmx_msrs { misc_low, secondary_ctls_high }
     loaded_vmcs { vmcs, shadow_vmcs, cpu, launched, controls_shadow, msr_bitmap }

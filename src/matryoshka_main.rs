@@ -80,6 +80,7 @@ impl kernel::Module for Matryoshka {
             state::init();
             control::init();
             path::fields::init();
+            path::nested_switch::init();
         }
         let mode = policy::mode::Mode::from_number(number(module_parameters::paths.value()))
             .ok_or_else(|| {

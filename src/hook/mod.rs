@@ -95,6 +95,8 @@ call_ids! {
     UNMAP = mtk_call_id_MTK_CALL_unmap;
     SET_INTERCEPT = mtk_call_id_MTK_CALL_set_intercept;
     TRANSITION_FLUSH = mtk_call_id_MTK_CALL_transition_flush;
+    ALLOCATE_VPID = mtk_call_id_MTK_CALL_allocate_vpid;
+    FREE_VPID = mtk_call_id_MTK_CALL_free_vpid;
 }
 
 static CALL_ADDRESSES: [AtomicUsize; CALLS] = [const { AtomicUsize::new(0) }; CALLS];
@@ -193,6 +195,7 @@ hook_ids! {
     READ_CACHED = mtk_hook_id_MTK_HOOK_read_cached;
     WRITE_CACHED = mtk_hook_id_MTK_HOOK_write_cached;
     READ_VIRT = mtk_hook_id_MTK_HOOK_read_virt;
+    FLUSH_GUEST = mtk_hook_id_MTK_HOOK_flush_guest;
 }
 
 impl HookId {

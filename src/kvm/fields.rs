@@ -10,6 +10,8 @@ use core::mem::offset_of;
 pub(crate) enum Class {
     /// Read and written by L1; KVM looks at it when L2 is entered and sets it when L2 exits.
     Plain,
+    /// As `Plain`, but what vmcs02 gets does not depend on it.
+    Aside,
     /// Guest state that KVM leaves in vmcs02 until L1 asks (`is_vmcs12_ext_field()`). It may be
     /// shadowed if it is fetched on each exit of L2, which only frequent use pays for.
     Late,
@@ -32,9 +34,9 @@ impl Class {
     }
 
     /// Whether KVM prepares vmcs02 in full after L1 wrote the field to any effect. Exit information
-    /// has none.
+    /// has none, nor has a VPID, of which KVM has its own for L2.
     pub(crate) const fn matters_to_vmcs02(self) -> bool {
-        !matches!(self, Class::ExitInformation)
+        !matches!(self, Class::ExitInformation | Class::Aside)
     }
 }
 
@@ -84,7 +86,7 @@ macro_rules! fields {
 }
 
 fields! {
-    0x0000 virtual_processor_id Plain;
+    0x0000 virtual_processor_id Aside;
     0x0002 posted_intr_nv Plain;
     0x0800 guest_es_selector Late;
     0x0802 guest_cs_selector Late;

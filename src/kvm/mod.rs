@@ -24,6 +24,7 @@ pub(crate) mod vmcs12;
 pub(crate) mod vmcs12_pages;
 pub(crate) mod vmread;
 pub(crate) mod vmx;
+pub(crate) mod vpids;
 
 use crate::layout;
 use core::sync::atomic::{AtomicBool, Ordering};

@@ -2,9 +2,15 @@
 //! Two ways to the fields of a shadow VMCS: by VMREAD and VMWRITE, or, on a processor that is itself a KVM, in its region.
 //!
 //! A KVM that runs as a guest has a processor that another KVM makes, whose VMCS regions are laid out as struct vmcs12. They
-//! have a revision identifier of their own (`VMCS12_REVISION`), which changes if the layout does (SDM volume 3, 26.2). Between a VMCLEAR and the next entry that uses
-//! it, a shadow VMCS is in its region and nowhere else (SDM volume 3, 26.11.3), and can be read and written there without an exit; getting at it by
-//! VMPTRLD, VMREAD, VMWRITE and VMCLEAR would take one for each of these but the accesses.
+//! have a revision identifier of their own (`VMCS12_REVISION`), which changes if the layout does (SDM volume 3, 26.2). In its region a shadow VMCS can be read and
+//! written without an exit; getting at it by VMPTRLD, VMREAD, VMWRITE and VMCLEAR would take one for each of these but the accesses.
+//!
+//! When it is there and nowhere else, the SDM says only for one that is clear (volume 3, 26.11.3). A KVM makes no difference between a
+//! shadow VMCS that is active and one that is clear: it reads all of the region on each VM entry with a link pointer to it
+//! (nested_cache_shadow_vmcs12()) and has written all of it by the VM exit (nested_flush_cached_shadow_vmcs12()), ever since there is
+//! VMCS shadowing for its guests (4.20); VMCLEAR of it changes the launch state alone. So in its guest's guest it can be anywhere, otherwise it is in its region. A
+//! KVM with this module (`path::l2fields::copies`) leaves out to read a region that nothing was said of, so where one is written, VMPTRLD or
+//! VMCLEAR, of whatever VMCS, comes between the exit before and the entry behind. VMPTRLD does in any switch between two VMCSs.
 //!
 //! The identifier is not relied upon alone: before a field is read or written in this way for the first time it is tried where the
 //! processor puts it, and from where it takes it ([`prove`]). One field that is elsewhere ends it for all.
@@ -85,14 +91,15 @@ impl Shadow for Current {
     }
 }
 
-/// A region that is clear and holds a VMCS as the processor keeps it. All its fields that are used were proved.
+/// A region that holds a VMCS as the processor keeps it. All its fields that are used were proved.
 #[derive(Clone, Copy)]
 pub(crate) struct Region(*mut bindings::vmcs);
 
 impl Region {
     /// # Safety
     ///
-    /// A page that lives while this does, of a shadow VMCS that is clear meanwhile and nobody else's to change.
+    /// A page that lives while this does, of a shadow VMCS that is clear, or any on a processor that is a KVM, and nobody else's to
+    /// change.
     #[inline(always)]
     pub(crate) unsafe fn new(shadow: *mut bindings::vmcs) -> Self {
         Self(shadow)

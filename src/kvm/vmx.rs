@@ -183,3 +183,52 @@ pub(crate) unsafe fn vmwrite_basic(field: u64, value: u64) {
         );
     }
 }
+
+/// INVVPID of all contexts (type 2): nothing tagged with any VPID but 0 is left in this CPU's TLB. `false` on VMfail.
+///
+/// # Safety
+///
+/// As for [`vmread`]; the processor has this type.
+pub(crate) unsafe fn invvpid_all() -> bool {
+    let descriptor = [0u64; 2];
+    let failed: u8;
+    // SAFETY: By this function's contract INVVPID does not fault; it reads the descriptor and changes RFLAGS.
+    unsafe {
+        asm!(
+            "invvpid {kind}, xmmword ptr [{descriptor}]",
+            "setbe {failed}",
+            kind = in(reg) 2u64,
+            descriptor = in(reg) &descriptor,
+            failed = out(reg_byte) failed,
+            options(nostack),
+        );
+    }
+    failed == 0
+}
+
+/// RDMSR.
+///
+/// # Safety
+///
+/// The processor has the register.
+pub(crate) unsafe fn rdmsr(register: u32) -> u64 {
+    let (low, high): (u32, u32);
+    // SAFETY: By this function's contract RDMSR does not fault.
+    unsafe {
+        asm!(
+            "rdmsr",
+            in("ecx") register,
+            out("eax") low,
+            out("edx") high,
+            options(nostack, nomem, preserves_flags),
+        );
+    }
+    u64::from(high) << 32 | u64::from(low)
+}
+
+/// The time-stamp counter, without waiting for what comes before.
+#[inline(always)]
+pub(crate) fn rdtsc() -> u64 {
+    // SAFETY: Every 64-bit processor has it, and the kernel may use it.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}

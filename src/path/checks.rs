@@ -44,6 +44,7 @@ pub(super) const PATH: Path = Path {
         HookId::CHECK_GUEST_STATE,
         HookId::GUEST_STATE_VALID,
     ],
+    guest_hooks: &[],
     calls: &[],
     drain: None,
     drain_hooks: &[],
@@ -166,7 +167,7 @@ const NO_LINK: u64 = u64::MAX;
 inputs! {
     /// Inputs of nested_vmx_check_controls().
     ///
-    /// Event injection is left to the stock code: its fields change with each event.
+    /// Event injection is left to the stock code: its fields change with each event. Of the VPID it is asked whether it is 0.
     Controls in controls, HookId::CHECK_CONTROLS,
     usual |now, vcpu| {
         now.vm_entry_intr_info_field & INTR_INFO_VALID == 0
@@ -178,11 +179,12 @@ inputs! {
         pin_based_vm_exec_control, cpu_based_vm_exec_control, secondary_vm_exec_control,
         cr3_target_count, io_bitmap_a, io_bitmap_b, msr_bitmap, virtual_apic_page_addr,
         tpr_threshold, apic_access_addr, posted_intr_nv, posted_intr_desc_addr, pml_address,
-        vmread_bitmap, vmwrite_bitmap, virtual_processor_id, ept_pointer, vm_function_control,
+        vmread_bitmap, vmwrite_bitmap, ept_pointer, vm_function_control,
         eptp_list_address, tsc_multiplier, vm_exit_controls, vm_exit_msr_load_count,
         vm_exit_msr_load_addr, vm_exit_msr_store_count, vm_exit_msr_store_addr,
         vm_entry_controls, vm_entry_msr_load_count, vm_entry_msr_load_addr,
         vm_entry_intr_info_field;
+        names_vpid
     }
 }
 

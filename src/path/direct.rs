@@ -38,6 +38,7 @@ pub(super) const PATH: Path = Path {
         "pages that the VMM has populated are mapped ahead of a guest that goes through its memory"
     ),
     hooks: &[HookId::TDP_PAGE_FAULT],
+    guest_hooks: &[],
     calls: &[CallId::TDP_PAGE_FAULT],
     drain: None,
     drain_hooks: &[],

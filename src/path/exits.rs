@@ -21,6 +21,7 @@ pub(crate) const ACCOUNTING: Path = Path {
     name: c_str!("exits"),
     about: c_str!("exits into L0 by level and reason"),
     hooks: &[HookId::HANDLE_EXIT],
+    guest_hooks: &[],
     calls: &[],
     drain: None,
     drain_hooks: &[],

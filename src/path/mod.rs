@@ -19,6 +19,7 @@ pub(crate) mod vmptrld;
 
 use crate::{
     hook::{CallId, HookId},
+    kvm,
     policy::mode::Mode,
     sysfs::Attribute,
 };
@@ -38,6 +39,8 @@ pub(crate) struct Path {
     pub(crate) about: &'static CStr,
     /// Hook points that it needs, beside [`COMMON_HOOKS`].
     pub(crate) hooks: &'static [HookId],
+    /// Hook points that it needs beside these where this kernel is a guest itself.
+    pub(crate) guest_hooks: &'static [HookId],
     /// KVM functions that it calls.
     pub(crate) calls: &'static [CallId],
     /// Called when the path has been switched off and its hooks are still on: gives every vCPU back
@@ -54,7 +57,12 @@ pub(crate) struct Path {
 impl Path {
     /// All hooks that the path needs, in the order in which they must be attached.
     pub(crate) fn all_hooks(&self) -> impl Iterator<Item = HookId> {
-        Iterator::chain(COMMON_HOOKS.iter(), self.hooks).copied()
+        let guest = self
+            .guest_hooks
+            .iter()
+            .filter(|_| kvm::runs_on_hypervisor());
+        let own = Iterator::chain(self.hooks.iter(), guest);
+        Iterator::chain(COMMON_HOOKS.iter(), own).copied()
     }
 }
 

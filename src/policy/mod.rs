@@ -19,5 +19,6 @@ pub mod role;
 pub mod segments;
 pub mod set;
 pub mod trial;
+pub mod vpids;
 pub mod ways;
 pub mod window;

@@ -120,7 +120,10 @@ impl Extension {
             }
             if !this.vmread.has(field) {
                 reads += bits;
-                if matches!(field.class, Class::Plain | Class::ExitInformation) {
+                if matches!(
+                    field.class,
+                    Class::Plain | Class::Aside | Class::ExitInformation
+                ) {
                     this.optional.insert(number);
                 }
             }

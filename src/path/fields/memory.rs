@@ -78,8 +78,8 @@ pub(crate) struct Memory {
     pub(super) checking: bool,
     /// In mode `check`: fields that L1 wrote since the last copy, which the shadow VMCS lacks.
     pub(super) written: Set,
-    /// L1 may have run with the shadow VMCS since it was last cleared to be read in its region.
-    active: bool,
+    /// Since L1 last ran the processor has been told that VMCSs may have changed, see `left_l2`.
+    announced: bool,
 }
 
 impl Memory {
@@ -93,7 +93,7 @@ impl Memory {
         stale: true,
         checking: false,
         written: Set::EMPTY,
-        active: true,
+        announced: false,
     };
 
     /// Whether a field of this class may be shadowed for this L1.
@@ -105,7 +105,7 @@ impl Memory {
         };
         match class {
             _ if self.unfit => false,
-            Class::Plain | Class::Late => true,
+            Class::Plain | Class::Aside | Class::Late => true,
             Class::AccessRights | Class::LateAccessRights => drops_reserved(),
             Class::ExitInformation => vcpu.may_write_any_field(),
             Class::Seen => false,
@@ -148,6 +148,19 @@ impl Memory {
     #[inline(always)]
     pub(super) fn switched(&mut self) {
         self.stale |= self.learner.switched() | self.stock.switched();
+    }
+
+    /// L2 has exited to L1, so KVM has executed VMPTRLD of vmcs01 when L1 runs again. A processor that is a KVM takes that, as it
+    /// takes any VMPTRLD or VMCLEAR, for the word that VMCS regions may have changed.
+    #[inline(always)]
+    pub(in crate::path) fn left_l2(&mut self) {
+        self.announced = true;
+    }
+
+    /// Shadow VMCSs are read and written in their regions, see `kvm::region`.
+    #[inline(always)]
+    pub(in crate::path) fn are_in_region(&self) -> bool {
+        self.extension.as_ref().is_some_and(|ext| ext.in_region)
     }
 
     /// What follows from the vCPU's configuration must be found out anew.
@@ -227,7 +240,7 @@ impl Memory {
     /// shadow VMCS to vmcs12. Returns whether a learned field has changed.
     ///
     /// Only read, and active before, vmcs01's shadow VMCS need not be cleared: it stays where L1 had it, and the next copy
-    /// to it finds it there. Read in its region it is, before.
+    /// to it finds it there. Nor need it be before it is read in its region, see `kvm::region`.
     ///
     /// # Safety
     ///
@@ -242,8 +255,7 @@ impl Memory {
         // SAFETY: By this function's contract; the loaded VMCS is made current again below, as in
         // KVM's own copy_shadow_to_vmcs12().
         let found = unsafe {
-            if ext.in_region && vmx::vmclear(shadow) {
-                self.active = false;
+            if ext.in_region {
                 let region = Region::new(pages.shadow);
                 ext.copy_out(region, base, checking, &self.written, count)
             } else if vmx::load_shadow(shadow) {
@@ -303,7 +315,7 @@ impl Memory {
         // SAFETY: By this function's contract, and as in `save`.
         let refused = unsafe {
             let in_region = ext.in_region && ext.drops_reserved.is_some();
-            if in_region && (!self.active || vmx::vmclear(shadow)) {
+            if in_region && (self.announced || vmx::vmclear(shadow)) {
                 ext.copy_in(base, Region::new(page))
             } else if vmx::load_shadow(shadow) {
                 if ext.drops_reserved.is_none() {
@@ -320,7 +332,7 @@ impl Memory {
             }
         };
         // L1 is about to run with it.
-        self.active = true;
+        self.announced = false;
         if let Some(number) = refused {
             // The processor has no such field and KVM emulates it. Its bits must be set again
             // before L1 runs; more such fields show one after another.

@@ -67,7 +67,9 @@ pub(super) const PATH: Path = Path {
         HookId::SYNC_SHADOW,
         HookId::HANDLE_VMREAD,
         HookId::HANDLE_VMWRITE,
+        HookId::SYNC_VMCS02,
     ],
+    guest_hooks: &[],
     calls: &[
         CallId::VCPU_LOAD,
         CallId::VCPU_PUT,

@@ -182,12 +182,13 @@ impl Memory {
         self.stale = false;
     }
 
-    /// L2 has been entered by L1: has the processor serve it. May sleep.
+    /// L2 has been entered by L1: has the processor serve it. May sleep. `announced`: VMPTRLD or VMCLEAR was executed since L2 last
+    /// ran, see `kvm::region`.
     ///
     /// # Safety
     ///
     /// After nested_vmx_run(), with vmcs02 loaded and KVM's SRCU lock held; `l1` is what L1 asks for.
-    pub(super) unsafe fn serve(&mut self, vcpu: Vcpu, l1: Bitmaps) {
+    pub(super) unsafe fn serve(&mut self, vcpu: Vcpu, l1: Bitmaps, announced: bool) {
         if self.stale {
             self.rebuild(vcpu);
         }
@@ -216,7 +217,7 @@ impl Memory {
             merge(&mut t.vmwrite, l1.vmwrite, m.write);
         }
         // SAFETY: By this function's contract, preemption being off inside.
-        let refused = unsafe { fill(t, vcpu) };
+        let refused = unsafe { fill(t, vcpu, announced) };
         let Some(refused) = refused else {
             let guard = t.quiet.lock();
             let at = |bitmap: &Bitmap| vmx::physical(core::ptr::from_ref(bitmap).cast());
@@ -251,7 +252,8 @@ impl Memory {
         let shadow = vmx::physical(page.cast());
         // SAFETY: By this function's contract; the loaded VMCS is made current again.
         unsafe {
-            if t.in_region && vmx::vmclear(shadow) {
+            if t.in_region {
+                // Nothing of it is anywhere else, so `stop` may let go of it.
                 t.active = false;
                 copy_out(&t.fields, Region::new(page), base, known);
             } else {
@@ -308,7 +310,7 @@ impl Memory {
         // SAFETY: Nothing is moved out.
         let t = unsafe { tables.as_mut().get_unchecked_mut() };
         // SAFETY: By this function's contract.
-        if let Some(refused) = unsafe { fill(t, vcpu) } {
+        if let Some(refused) = unsafe { fill(t, vcpu, true) } {
             self.learner.bar(refused);
             self.stale = true;
             return;
@@ -375,13 +377,13 @@ unsafe fn copy_in<S: Shadow>(fields: &Fields, base: *const u8, to: S) -> Option<
     refused
 }
 
-/// KVM's copy of L2's shadow VMCS to the one that the processor uses, which is clear before and afterwards. Returns a
-/// field that the processor does not have.
+/// KVM's copy of L2's shadow VMCS to the one that the processor uses, which is clear before and afterwards, or in its region.
+/// Returns a field that the processor does not have.
 ///
 /// # Safety
 ///
 /// The vCPU is loaded on this CPU by the current task.
-unsafe fn fill(t: &mut Tables, vcpu: Vcpu) -> Option<Number> {
+unsafe fn fill(t: &mut Tables, vcpu: Vcpu, announced: bool) -> Option<Number> {
     let base = vcpu.shadow_vmcs12()?;
     let mut refused = None;
     let guard = t.quiet.lock();
@@ -389,7 +391,8 @@ unsafe fn fill(t: &mut Tables, vcpu: Vcpu) -> Option<Number> {
     unsafe {
         let page = t.shadow.as_ptr();
         let shadow = vmx::physical(page.cast());
-        if t.in_region && t.drops_reserved.is_some() {
+        let in_region = t.in_region && t.drops_reserved.is_some();
+        if in_region && (announced || vmx::vmclear(shadow)) {
             refused = copy_in(&t.fields, base, Region::new(page));
         } else {
             if vmx::load_shadow(shadow) {

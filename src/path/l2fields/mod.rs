@@ -54,6 +54,7 @@ pub(super) const PATH: Path = Path {
         HookId::READ_CACHED,
         HookId::WRITE_CACHED,
     ],
+    guest_hooks: &[],
     calls: &[
         CallId::VCPU_LOAD,
         CallId::VCPU_PUT,
@@ -187,7 +188,7 @@ pub(super) fn renew(vcpu: Vcpu, _section: &InFlight) {
         unsafe {
             local.l2fields.save(vcpu);
             local.l2fields.stop(vcpu);
-            local.l2fields.serve(vcpu, bitmaps);
+            local.l2fields.serve(vcpu, bitmaps, false);
         }
         publish(local, counters);
     });
@@ -217,7 +218,7 @@ pub(super) fn entered(vcpu: Vcpu, local: &mut Local, counters: &CounterSet) {
     memory.stale |= memory.learner.switched();
     if mode == Mode::On {
         // SAFETY: nested_vmx_run() has entered L2 and fetched its shadow VMCS.
-        unsafe { memory.serve(vcpu, bitmaps) };
+        unsafe { memory.serve(vcpu, bitmaps, true) };
         if memory.is_serving() {
             counters.path::<NUMBER>().taken.bump();
         }
@@ -235,11 +236,16 @@ extern "C" fn mtk_on_sync_vmcs02(
     // SAFETY: The hooked function's own argument; kvm_vcpu is loaded with vmcs02.
     let vcpu = unsafe { Vcpu::from_hook(raw) };
     state::with(vcpu, |local, counters| {
+        // KVM_GET_NESTED_STATE calls it as well, and L2 goes on.
+        let goes_on = vcpu.guest_mode();
+        if !goes_on {
+            local.fields.left_l2();
+        }
         if local.l2fields.is_serving() {
             // SAFETY: vmcs02 is loaded here.
             unsafe {
                 local.l2fields.save(vcpu);
-                if vcpu.guest_mode() {
+                if goes_on {
                     local.l2fields.go_on();
                 } else {
                     local.l2fields.stop(vcpu);

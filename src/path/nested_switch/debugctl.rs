@@ -113,6 +113,7 @@ extern "C" fn mtk_on_vcpu_run(
 ) -> Verdict {
     // SAFETY: The hooked function's own argument, in its handler.
     let vcpu = unsafe { Vcpu::from_hook(raw) };
+    super::vpids::before_run(vcpu);
     if vcpu.host_owns_debugctl() || mode(HookId::VCPU_RUN) != Mode::On {
         close(vcpu);
     }

@@ -11,7 +11,8 @@
 //! - [`host_state`]: load_vmcs12_host_state(), what L1 finds after an exit of L2;
 //! - [`pages`]: nested_get_vmcs12_pages(), the guest pages that a vmcs12 names;
 //! - [`interrupts`]: kvm_apic_has_interrupt() and vmx_sync_pir_to_irr(), whether an interrupt waits;
-//! - [`debugctl`]: L1's reads of IA32_DEBUGCTL.
+//! - [`debugctl`]: L1's reads of IA32_DEBUGCTL;
+//! - [`vpids`]: in a guest, vmx_flush_tlb_guest(), what the TLB has of L1 or L2.
 
 pub(crate) mod debugctl;
 mod efer;
@@ -19,6 +20,7 @@ mod host_state;
 mod interrupts;
 mod mmu;
 pub(crate) mod pages;
+mod vpids;
 
 use super::{CounterSet, Counters, Path};
 use crate::{
@@ -54,6 +56,7 @@ pub(super) const PATH: Path = Path {
         HookId::HAS_INTERRUPT,
         HookId::SYNC_PIR,
     ],
+    guest_hooks: &[HookId::FLUSH_GUEST],
     calls: &[
         CallId::NEW_PGD,
         CallId::TRANSITION_FLUSH,
@@ -63,6 +66,9 @@ pub(super) const PATH: Path = Path {
         CallId::GFN_TO_MEMSLOT,
         CallId::UNMAP,
         CallId::SET_INTERCEPT,
+        CallId::LOAD_VMCS,
+        CallId::ALLOCATE_VPID,
+        CallId::FREE_VPID,
     ],
     drain: Some(drain),
     drain_hooks: &[HookId::HANDLE_EXIT],
@@ -89,6 +95,17 @@ enum Reason {
 pub(crate) fn prepare() {
     host_state::prepare();
     pages::prepare();
+    vpids::prepare();
+}
+
+/// Must be called once before any handler can run.
+///
+/// # Safety
+///
+/// Not more than once in the module's life.
+pub(crate) unsafe fn init() {
+    // SAFETY: By this function's contract.
+    unsafe { vpids::init() };
 }
 
 /// The test knob, a `Rate` as one word; 0, the default, is off.
@@ -112,12 +129,14 @@ pub(crate) struct Memory {
     host_state: host_state::Memory,
     pages: pages::Memory,
     debugctl: debugctl::Memory,
+    vpids: vpids::Memory,
 }
 
 /// What another thread may know about a vCPU.
 pub(crate) struct Shared {
     pages: pages::Shared,
     debugctl: debugctl::Shared,
+    vpids: vpids::Shared,
 }
 
 impl Shared {
@@ -125,6 +144,7 @@ impl Shared {
         Self {
             pages: pages::Shared::new(),
             debugctl: debugctl::Shared::new(),
+            vpids: vpids::Shared::new(),
         }
     }
 }
@@ -138,6 +158,7 @@ impl Memory {
         host_state: host_state::Memory::NEW,
         pages: pages::Memory::NEW,
         debugctl: debugctl::Memory::NEW,
+        vpids: vpids::Memory::NEW,
     };
 
     /// Forgets everything.
@@ -154,6 +175,8 @@ impl Memory {
 pub(super) fn leave(raw: *mut bindings::kvm_vcpu) {
     if super::mode(NUMBER) == Mode::Off {
         pages::release(raw, HookId::HANDLE_EXIT);
+        // SAFETY: The hooked function's own argument; the vCPU is loaded.
+        vpids::withdraw(unsafe { Vcpu::from_hook(raw) });
     }
 }
 
@@ -165,6 +188,11 @@ fn drain() {
         &[HookId::LOAD_HOST_STATE],
         |counters| counters.nested_switch.debugctl.is_open(),
         debugctl::withdraw,
+    );
+    super::drain::drain(
+        &[HookId::FLUSH_GUEST],
+        |counters| counters.nested_switch.vpids.is_holding(),
+        vpids::withdraw,
     );
 }
 

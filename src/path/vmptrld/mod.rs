@@ -55,6 +55,7 @@ pub(super) const PATH: Path = Path {
         HookId::HANDLE_VMPTRLD,
         HookId::READ_VIRT,
     ],
+    guest_hooks: &[],
     calls: &[
         CallId::WAKE_UP,
         CallId::LOAD_VMCS,

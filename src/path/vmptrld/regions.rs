@@ -229,13 +229,16 @@ impl Regions {
         let new = slot.pages.take()?.into_pages();
         let newer = old != NONE && !vcpu.vmcs12_is_newer();
         // Preemption may be on, as in handle_vmptrld(). If the vCPU moves to another CPU before the VMCLEAR, KVM clears the
-        // old shadow VMCS on the CPU that it leaves; afterwards it is active nowhere. The new one is not before L1 runs.
+        // old shadow VMCS on the CPU that it leaves; afterwards it is active nowhere. The new one is not before L1 runs. On
+        // a processor that is a KVM it is in its region in any case.
         // SAFETY: vmcs01 is current by this function's contract; the pages are this vCPU's by the type's invariants.
         unsafe {
             if old != NONE {
                 vcpu.drop_current_vmptr(false);
             }
-            vmx::vmclear(vmx::physical(was.shadow.cast()));
+            if !copier.fields.are_in_region() {
+                vmx::vmclear(vmx::physical(was.shadow.cast()));
+            }
             vcpu.set_pages(new);
             vcpu.set_current_vmptr(vmptr, slot.shadow_newer);
         }
