@@ -48,7 +48,8 @@
 	HOOK(read_cached, kvm, kvm_read_guest_cached, 4)		\
 	HOOK(write_cached, kvm, kvm_write_guest_cached, 4)		\
 	HOOK(read_virt, kvm, kvm_read_guest_virt, 5)			\
-	HOOK(flush_guest, kvm_intel, vmx_flush_tlb_guest, 1)
+	HOOK(flush_guest, kvm_intel, vmx_flush_tlb_guest, 1)		\
+	HOOK(new_eptp, kvm_intel, nested_ept_new_eptp, 1)
 
 /*
  * KVM functions that Matryoshka calls: CALL(id, module, symbol, nargs), with the same checks, none to 5
@@ -78,4 +79,5 @@
 	CALL(set_intercept, kvm_intel, vmx_set_intercept_for_msr, 4)	\
 	CALL(transition_flush, kvm_intel, nested_vmx_transition_tlb_flush, 3) \
 	CALL(allocate_vpid, kvm_intel, allocate_vpid, 0)		\
-	CALL(free_vpid, kvm_intel, free_vpid, 1)
+	CALL(free_vpid, kvm_intel, free_vpid, 1)			\
+	CALL(sync_roots, kvm, kvm_mmu_sync_roots, 1)

@@ -122,10 +122,10 @@ impl Control {
         let any = (0..path::COUNT).any(active);
         (path::COMMON_HOOKS.contains(&id) && (any || self.accounting))
             || (exits::ACCOUNTING.hooks.contains(&id) && self.accounting)
-            || path::PATHS
-                .iter()
-                .enumerate()
-                .any(|(n, p)| active(n) && p.all_hooks().any(|own| own == id))
+            || path::PATHS.iter().enumerate().any(|(n, p)| {
+                let own = Iterator::chain(p.all_hooks(), p.extra_hooks.iter().copied());
+                active(n) && own.into_iter().any(|own| own == id)
+            })
     }
 
     /// The mode that a path can have now.
@@ -216,6 +216,16 @@ impl Control {
                         *t = Some(trouble);
                     }
                     break;
+                }
+            }
+            for &id in p.extra_hooks {
+                let fits = matches!(&self.target, Target::Ready(found) if found.fits(id));
+                if fits && self.attach(id).is_err() {
+                    pr_info!(
+                        "cannot hook {:?}; {} does without\n",
+                        id.symbol(),
+                        Show(p.name)
+                    );
                 }
             }
         }

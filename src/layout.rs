@@ -61,6 +61,7 @@ static EXPECTED: &[Expected] = &expect! {
         reserved_gpa_bits, mmu_pte_list_desc_cache, root_mmu, regs_dirty, rip, cr0_guest_owned_bits, cr3,
         cr4_guest_owned_bits, host_debugctl, cpu_caps, cpuid_dynamic_bits_dirty, pat,
         switch_db_regs, dr7, apic, apic_base, #[cfg(MTK_GVA_WALK)] gva_walk,
+        #[cfg(MTK_GVA_WALK)] ngpa_walk,
         #[cfg(not(MTK_GVA_WALK))] nested_mmu, #[cfg(not(MTK_GVA_WALK))] walk_mmu,
     }
     kvm_lapic { apicv_active, guest_apic_protected, highest_isr_cache, regs }
@@ -73,7 +74,7 @@ static EXPECTED: &[Expected] = &expect! {
     kvm_mmu_root_info { hpa, pgd }
     kvm_mmu_memory_cache { nobjs }
     #[cfg(MTK_GVA_WALK)]
-    kvm_pagewalk {}
+    kvm_pagewalk { cpu_role, fmt }
     #[cfg(MTK_GVA_WALK)]
     kvm_page_format {}
     kvm { arch, mm, srcu, memslots, mmu_invalidate_seq, mmu_invalidate_in_progress, online_vcpus }

@@ -97,6 +97,7 @@ call_ids! {
     TRANSITION_FLUSH = mtk_call_id_MTK_CALL_transition_flush;
     ALLOCATE_VPID = mtk_call_id_MTK_CALL_allocate_vpid;
     FREE_VPID = mtk_call_id_MTK_CALL_free_vpid;
+    SYNC_ROOTS = mtk_call_id_MTK_CALL_sync_roots;
 }
 
 static CALL_ADDRESSES: [AtomicUsize; CALLS] = [const { AtomicUsize::new(0) }; CALLS];
@@ -196,6 +197,7 @@ hook_ids! {
     WRITE_CACHED = mtk_hook_id_MTK_HOOK_write_cached;
     READ_VIRT = mtk_hook_id_MTK_HOOK_read_virt;
     FLUSH_GUEST = mtk_hook_id_MTK_HOOK_flush_guest;
+    NEW_EPTP = mtk_hook_id_MTK_HOOK_new_eptp;
 }
 
 impl HookId {
@@ -231,6 +233,12 @@ impl HookId {
     /// Where the function was found; 0 while the hook is off.
     pub(crate) fn address(self) -> usize {
         self.hook().address.load(Ordering::Relaxed)
+    }
+
+    /// Whether its trampoline is on the function.
+    #[inline(always)]
+    pub(crate) fn is_attached(self) -> bool {
+        self.address() != 0
     }
 
     /// How many tasks sleep, or may sleep, in this hook's handler right now.

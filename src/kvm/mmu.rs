@@ -3,8 +3,11 @@
 //! faults, and the role of L0's own tables for it.
 //!
 //! From 7.3 on there is one description of the walk, `gva_walk`, which L1 and L2 share. Before, it is part of
-//! `root_mmu`, and of `nested_mmu` while L1's EPT is in use.
+//! `root_mmu`, and of `nested_mmu` while L1's EPT is in use. From 7.3 on, too, the same is known of what
+//! kvm_init_shadow_ept_mmu() computes for L1's EPT.
 
+#[cfg(MTK_GVA_WALK)]
+use super::vmcs12::field;
 use super::{vcpu::read, Vcpu};
 use crate::{bindings, policy::role};
 use core::mem::{offset_of, size_of};
@@ -37,7 +40,23 @@ mod layout {
             size_of::<kvm_page_format>() / 8,
         ),
     ];
+    const NESTED_WALK: usize = offset_of!(kvm_vcpu_arch, ngpa_walk);
+    const GUEST: usize = offset_of!(kvm_vcpu_arch, guest_mmu);
+    /// Of the functions that kvm_init_shadow_ept_mmu() sets as well each has one value only.
+    pub(super) const SHADOW_EPT: [Span; 4] = [
+        (NESTED_WALK + offset_of!(kvm_pagewalk, cpu_role), 1),
+        (
+            NESTED_WALK + offset_of!(kvm_pagewalk, fmt),
+            size_of::<kvm_page_format>() / 8,
+        ),
+        (GUEST + offset_of!(kvm_mmu, root_role), 1),
+        (
+            GUEST + offset_of!(kvm_mmu, fmt),
+            size_of::<kvm_page_format>() / 8,
+        ),
+    ];
     const _: () = {
+        assert!(size_of::<bindings::kvm_cpu_role>() == 8);
         assert!(offset_of!(kvm_mmu, page_fault) == 0 && offset_of!(kvm_mmu, sync_spte) == 8);
         assert!(offset_of!(kvm_mmu, prev_roots) >= offset_of!(kvm_mmu, root_role) + 8);
         assert!(size_of::<kvm_pagewalk>() % 8 == 0 && size_of::<kvm_page_format>() % 8 == 0);
@@ -92,6 +111,53 @@ const fn words(spans: &[Span]) -> usize {
 const WORDS: usize = words(&PLAIN);
 const _: () = assert!(words(&NESTED) <= WORDS);
 
+/// Number and address of each word of the vCPU that `spans` name.
+#[inline(always)]
+fn each(vcpu: Vcpu, spans: &'static [Span], mut f: impl FnMut(usize, *mut u64)) {
+    // SAFETY: Only an address is taken.
+    let arch = unsafe { &raw mut (*vcpu.raw()).vcpu.arch };
+    let mut at = 0;
+    for &(offset, count) in spans {
+        for i in 0..count {
+            f(at, arch.cast::<u8>().wrapping_add(offset + 8 * i).cast());
+            at += 1;
+        }
+    }
+}
+
+/// Copies words of the vCPU.
+#[inline(always)]
+fn save(to: &mut [u64], vcpu: Vcpu, spans: &'static [Span]) {
+    each(vcpu, spans, |at, word| {
+        if let Some(to) = to.get_mut(at) {
+            // SAFETY: By the invariants of `Vcpu`; `words` has checked that the spans are within it, and
+            // only the vCPU's thread writes them.
+            *to = unsafe { word.read() };
+        }
+    });
+}
+
+/// Gives the vCPU what `save` copied.
+#[inline(always)]
+fn restore(from: &[u64], vcpu: Vcpu, spans: &'static [Span]) {
+    each(vcpu, spans, |at, word| {
+        if let Some(from) = from.get(at) {
+            // SAFETY: As in `save`. Volatile, so that no call of memcpy() is made of it.
+            unsafe { word.write_volatile(*from) };
+        }
+    });
+}
+
+/// Whether the vCPU has now what `save` copied.
+fn is_current(from: &[u64], vcpu: Vcpu, spans: &'static [Span]) -> bool {
+    let mut same = true;
+    each(vcpu, spans, |at, word| {
+        // SAFETY: As in `save`.
+        same &= from.get(at).copied() == Some(unsafe { word.read() });
+    });
+    same
+}
+
 /// A copy of what kvm_init_mmu() computed. It has pointers to KVM's functions, so it must not outlive KVM.
 #[derive(Clone, Copy)]
 pub(crate) struct MmuState([u64; WORDS]);
@@ -100,59 +166,72 @@ impl MmuState {
     /// Nothing yet.
     pub(crate) const EMPTY: MmuState = MmuState([0; WORDS]);
 
-    /// Word of the copy and address of the same word of the vCPU.
     #[inline(always)]
-    fn each(vcpu: Vcpu, spans: &'static [Span], mut f: impl FnMut(usize, *mut u64)) {
-        // SAFETY: Only an address is taken.
-        let arch = unsafe { &raw mut (*vcpu.raw()).vcpu.arch };
-        let mut at = 0;
-        for &(offset, count) in spans {
-            for i in 0..count {
-                f(at, arch.cast::<u8>().wrapping_add(offset + 8 * i).cast());
-                at += 1;
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn every(vcpu: Vcpu, nested: bool, f: impl FnMut(usize, *mut u64)) {
+    fn spans(nested: bool) -> &'static [Span] {
         if nested {
-            Self::each(vcpu, &NESTED, f)
+            &NESTED
         } else {
-            Self::each(vcpu, &PLAIN, f)
+            &PLAIN
         }
     }
 
     /// Copies what the vCPU has now.
     pub(crate) fn save(&mut self, vcpu: Vcpu, nested: bool) {
-        Self::every(vcpu, nested, |at, word| {
-            if let Some(to) = self.0.get_mut(at) {
-                // SAFETY: By the invariants of `Vcpu`; `words` has checked that the spans are within it, and
-                // only the vCPU's thread writes them.
-                *to = unsafe { word.read() };
-            }
-        });
+        save(&mut self.0, vcpu, Self::spans(nested));
     }
 
     /// Gives the vCPU what was copied.
     #[inline(always)]
     pub(crate) fn restore(&self, vcpu: Vcpu, nested: bool) {
-        Self::every(vcpu, nested, |at, word| {
-            if let Some(from) = self.0.get(at) {
-                // SAFETY: As in `save`. Volatile, so that no call of memcpy() is made of it.
-                unsafe { word.write_volatile(*from) };
-            }
-        });
+        if nested {
+            restore(&self.0, vcpu, &NESTED);
+        } else {
+            restore(&self.0, vcpu, &PLAIN);
+        }
     }
 
     /// Whether the vCPU has now what was copied.
     pub(crate) fn is_current(&self, vcpu: Vcpu, nested: bool) -> bool {
-        let mut same = true;
-        Self::every(vcpu, nested, |at, word| {
-            // SAFETY: As in `save`.
-            same &= self.0.get(at).copied() == Some(unsafe { word.read() });
-        });
-        same
+        is_current(&self.0, vcpu, Self::spans(nested))
+    }
+}
+
+/// A copy of what kvm_init_shadow_ept_mmu() computed, but for the root.
+#[cfg(MTK_GVA_WALK)]
+#[derive(Clone, Copy)]
+pub(crate) struct EptState([u64; words(&layout::SHADOW_EPT)]);
+
+#[cfg(MTK_GVA_WALK)]
+impl EptState {
+    /// Nothing yet.
+    pub(crate) const EMPTY: EptState = EptState([0; words(&layout::SHADOW_EPT)]);
+
+    /// Copies what the vCPU has now.
+    pub(crate) fn save(&mut self, vcpu: Vcpu) {
+        save(&mut self.0, vcpu, &layout::SHADOW_EPT);
+    }
+
+    /// Gives the vCPU what was copied, unless it has that already.
+    #[inline(always)]
+    pub(crate) fn restore(&self, vcpu: Vcpu) {
+        restore(&self.0, vcpu, &layout::SHADOW_EPT);
+    }
+
+    /// Whether the vCPU is prepared for the mode of the copy: what the stock function looks at.
+    #[inline(always)]
+    pub(crate) fn has_mode_of(&self, vcpu: Vcpu) -> bool {
+        // SAFETY: By the invariants of `Vcpu`; a union of plain integers.
+        let mode = unsafe {
+            (&raw const (*vcpu.raw()).vcpu.arch.ngpa_walk.cpu_role)
+                .cast::<u64>()
+                .read()
+        };
+        self.0.first() == Some(&mode)
+    }
+
+    /// Whether the vCPU has now what was copied.
+    pub(crate) fn is_current(&self, vcpu: Vcpu) -> bool {
+        is_current(&self.0, vcpu, &layout::SHADOW_EPT)
     }
 }
 
@@ -178,6 +257,24 @@ impl Vcpu {
     pub(crate) fn mmu_key_of(self, cr0: u64, cr4: u64, efer: u64) -> Option<role::Key> {
         let hflags = u64::from(read!(self, vcpu.arch.hflags));
         role::Key::new(cr0, cr4, efer, hflags, false)
+    }
+
+    /// What of L1's EPT pointer and controls kvm_init_shadow_ept_mmu() computes from (`nested_ept_new_eptp()`); everything else
+    /// can only be changed by an ioctl.
+    #[cfg(MTK_GVA_WALK)]
+    #[inline(always)]
+    pub(crate) fn ept_mode(self) -> Option<u32> {
+        /// Length of the walk, accessed and dirty flags (SDM table 26-9).
+        const EPTP_MODE: u64 = 0x78;
+        let m = self.vmcs12()?;
+        let mbec = m.secondary_controls() & super::controls::MODE_BASED_EXECUTE;
+        Some((field!(m, ept_pointer) & EPTP_MODE) as u32 | mbec)
+    }
+
+    /// L1's EPT pointer that the root belongs to which is in use for it; `None` while there is no root.
+    pub(crate) fn guest_mmu_root(self) -> Option<u64> {
+        let root = read!(self, vcpu.arch.guest_mmu.root);
+        (root.hpa != u64::MAX).then_some(root.pgd)
     }
 
     /// `mmu_is_nested()`: the vCPU uses L1's EPT.

@@ -181,13 +181,18 @@ impl Vcpu {
         }
     }
 
-    /// Drops the roots of the guest's MMU, as `nested_release_vmcs12()` does. May sleep.
-    pub(crate) fn free_guest_mmu_roots(self) {
+    /// Whether there are roots for L1's EPT.
+    #[inline(always)]
+    pub(crate) fn has_guest_mmu_roots(self) -> bool {
         // What kvm_mmu_free_roots() looks at before it does any work (VALID_PAGE()).
         let previous = read!(self, vcpu.arch.guest_mmu.prev_roots);
-        if read!(self, vcpu.arch.guest_mmu.root.hpa) == u64::MAX
-            && previous.iter().all(|root| root.hpa == u64::MAX)
-        {
+        read!(self, vcpu.arch.guest_mmu.root.hpa) != u64::MAX
+            || previous.iter().any(|root| root.hpa != u64::MAX)
+    }
+
+    /// Drops the roots of the guest's MMU, as `nested_release_vmcs12()` does. May sleep.
+    pub(crate) fn free_guest_mmu_roots(self) {
+        if !self.has_guest_mmu_roots() {
             return;
         }
         let kvm = read!(self, vcpu.kvm);

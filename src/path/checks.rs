@@ -45,6 +45,7 @@ pub(super) const PATH: Path = Path {
         HookId::GUEST_STATE_VALID,
     ],
     guest_hooks: &[],
+    extra_hooks: &[],
     calls: &[],
     drain: None,
     drain_hooks: &[],

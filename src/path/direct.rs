@@ -39,6 +39,7 @@ pub(super) const PATH: Path = Path {
     ),
     hooks: &[HookId::TDP_PAGE_FAULT],
     guest_hooks: &[],
+    extra_hooks: &[],
     calls: &[CallId::TDP_PAGE_FAULT],
     drain: None,
     drain_hooks: &[],

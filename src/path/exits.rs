@@ -22,6 +22,7 @@ pub(crate) const ACCOUNTING: Path = Path {
     about: c_str!("exits into L0 by level and reason"),
     hooks: &[HookId::HANDLE_EXIT],
     guest_hooks: &[],
+    extra_hooks: &[],
     calls: &[],
     drain: None,
     drain_hooks: &[],

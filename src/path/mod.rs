@@ -41,6 +41,8 @@ pub(crate) struct Path {
     pub(crate) hooks: &'static [HookId],
     /// Hook points that it needs beside these where this kernel is a guest itself.
     pub(crate) guest_hooks: &'static [HookId],
+    /// Hook points that are attached where they can be. Without one the path does less.
+    pub(crate) extra_hooks: &'static [HookId],
     /// KVM functions that it calls.
     pub(crate) calls: &'static [CallId],
     /// Called when the path has been switched off and its hooks are still on: gives every vCPU back

@@ -70,6 +70,7 @@ pub(super) const PATH: Path = Path {
         HookId::SYNC_VMCS02,
     ],
     guest_hooks: &[],
+    extra_hooks: &[],
     calls: &[
         CallId::VCPU_LOAD,
         CallId::VCPU_PUT,

@@ -55,6 +55,7 @@ pub(super) const PATH: Path = Path {
         HookId::WRITE_CACHED,
     ],
     guest_hooks: &[],
+    extra_hooks: &[],
     calls: &[
         CallId::VCPU_LOAD,
         CallId::VCPU_PUT,

@@ -7,6 +7,7 @@
 //! what stock left behind for the same inputs. The test knob (`policy::detour`) makes use of that.
 //!
 //! - [`mmu`]: kvm_init_mmu(), the description of the guest's paging;
+//! - [`ept_mmu`]: kvm_init_shadow_ept_mmu(), the same for L1's EPT;
 //! - [`efer`]: vmx_set_efer(), EFER and the MSRs that are loaded with the guest;
 //! - [`host_state`]: load_vmcs12_host_state(), what L1 finds after an exit of L2;
 //! - [`pages`]: nested_get_vmcs12_pages(), the guest pages that a vmcs12 names;
@@ -16,6 +17,8 @@
 
 pub(crate) mod debugctl;
 mod efer;
+#[cfg(MTK_GVA_WALK)]
+pub(super) mod ept_mmu;
 mod host_state;
 mod interrupts;
 mod mmu;
@@ -57,6 +60,7 @@ pub(super) const PATH: Path = Path {
         HookId::SYNC_PIR,
     ],
     guest_hooks: &[HookId::FLUSH_GUEST],
+    extra_hooks: &[HookId::NEW_EPTP],
     calls: &[
         CallId::NEW_PGD,
         CallId::TRANSITION_FLUSH,
@@ -125,6 +129,8 @@ pub(crate) fn set_detour(rate: Rate) {
 pub(crate) struct Memory {
     detour: Detour,
     mmu: mmu::Memory,
+    #[cfg(MTK_GVA_WALK)]
+    ept_mmu: ept_mmu::Memory,
     efer: efer::Memory,
     host_state: host_state::Memory,
     pages: pages::Memory,
@@ -154,6 +160,8 @@ impl Memory {
     pub(crate) const NEW: Memory = Memory {
         detour: Detour::NEW,
         mmu: mmu::Memory::NEW,
+        #[cfg(MTK_GVA_WALK)]
+        ept_mmu: ept_mmu::Memory::NEW,
         efer: efer::Memory::NEW,
         host_state: host_state::Memory::NEW,
         pages: pages::Memory::NEW,
@@ -164,6 +172,8 @@ impl Memory {
     /// Forgets everything.
     pub(crate) fn clear(&mut self) {
         self.mmu.clear();
+        #[cfg(MTK_GVA_WALK)]
+        self.ept_mmu.clear();
         self.efer.clear();
         self.host_state.clear();
         self.pages.clear();

@@ -43,6 +43,7 @@ pub(super) const PATH: Path = Path {
     about: c_str!("EPT02 is filled before L2 faults on it"),
     hooks: &[HookId::EPT_PAGE_FAULT, HookId::NESTED_RUN],
     guest_hooks: &[],
+    extra_hooks: &[],
     calls: &[
         CallId::READ_GUEST_ATOMIC,
         CallId::TOPUP_MMU_CACHES,

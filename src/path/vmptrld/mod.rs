@@ -22,6 +22,7 @@
 
 mod descriptor;
 mod regions;
+pub(super) mod roots;
 
 pub(crate) use regions::Regions;
 pub(super) use regions::MOST;
@@ -56,6 +57,7 @@ pub(super) const PATH: Path = Path {
         HookId::READ_VIRT,
     ],
     guest_hooks: &[],
+    extra_hooks: &[HookId::NEW_EPTP],
     calls: &[
         CallId::WAKE_UP,
         CallId::LOAD_VMCS,
@@ -67,6 +69,7 @@ pub(super) const PATH: Path = Path {
         CallId::FREE_ROOTS,
         CallId::GFN_TO_MEMSLOT,
         CallId::WRITE_GUEST_PAGE,
+        CallId::SYNC_ROOTS,
     ],
     drain: Some(drain),
     drain_hooks: &[HookId::HANDLE_EXIT],
@@ -216,7 +219,7 @@ unsafe fn clear(vcpu: Vcpu, local: &mut Local, counters: &CounterSet) -> Result<
         (&raw mut (*pages.vmcs12).launch_state).write_unaligned(0);
         SrcuGuard::take(vcpu).write_page(vmptr, pages.vmcs12.cast());
     }
-    vcpu.free_guest_mmu_roots();
+    local.regions.roots.keep(vcpu);
     Ok(())
 }
 
@@ -229,6 +232,7 @@ unsafe fn evict_all(vcpu: Vcpu, local: &mut Local, counters: &CounterSet) {
     let mut copier = Copier::new(vcpu, &mut local.fields, counters);
     // SAFETY: By this function's contract.
     unsafe { local.regions.evict_all(&mut copier) };
+    local.regions.roots.drop_all(vcpu);
     local.regions.publish(&counters.vmptrld);
 }
 

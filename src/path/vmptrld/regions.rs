@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The VMCSs of L1 that are not current and are kept loaded all the same.
 
-use super::Shared;
+use super::{roots::OldRoots, Shared};
 use crate::{
     alloc, bindings,
     kvm::{
@@ -95,6 +95,8 @@ pub(crate) struct Regions {
     clock: u64,
     /// Mode `check`: the slots are copies of what is in guest memory, to compare with it.
     pub(super) images: bool,
+    /// The roots that the guest's MMU has are older than the current VMCS, see [`super::roots`].
+    pub(in crate::path) roots: OldRoots,
     /// Where the last operand was found.
     pub(super) trail: Trail,
     /// Where the last descriptor of an INVEPT or INVVPID was.
@@ -138,6 +140,7 @@ impl Regions {
         last: 0,
         clock: 0,
         images: false,
+        roots: OldRoots::NONE,
         trail: Trail::NONE,
         descriptor: Trail::NONE,
     };
@@ -170,7 +173,7 @@ impl Regions {
 
     /// Tells other threads whether guest memory lacks something that is here.
     pub(super) fn publish(&self, shared: &Shared) {
-        let holding = self.held != 0;
+        let holding = self.held != 0 || self.roots.are_kept();
         if shared.holding.load(Ordering::Relaxed) != holding {
             shared.holding.store(holding, Ordering::Release);
         }
@@ -248,7 +251,7 @@ impl Regions {
         self.last = at;
         self.set_vmptr(at, old);
         if old != NONE {
-            vcpu.free_guest_mmu_roots();
+            self.roots.keep(vcpu);
             if for_memory {
                 // SAFETY: By this function's contract.
                 unsafe { self.evict(at, copier, &SrcuGuard::take(vcpu)) };
