@@ -192,15 +192,31 @@ impl Vcpu {
 
     /// Drops the roots of the guest's MMU, as `nested_release_vmcs12()` does. May sleep.
     pub(crate) fn free_guest_mmu_roots(self) {
-        if !self.has_guest_mmu_roots() {
-            return;
+        if self.has_guest_mmu_roots() {
+            self.free_roots(bindings::MTK_MMU_ROOTS_ALL);
         }
+    }
+
+    /// Drops those roots of the guest's MMU that are not in use and belong to such an EPT pointer of L1's. May sleep.
+    pub(crate) fn free_previous_roots(self, which: impl Fn(u64) -> bool) {
+        let previous = read!(self, vcpu.arch.guest_mmu.prev_roots);
+        // KVM_MMU_ROOT_PREVIOUS(i) is bit i + 1.
+        let bits = (1..).zip(&previous).fold(0, |bits, (bit, root)| {
+            let goes = root.hpa != u64::MAX && which(root.pgd);
+            bits | u32::from(goes) << bit
+        });
+        if bits != 0 {
+            self.free_roots(bits);
+        }
+    }
+
+    /// `kvm_mmu_free_roots()` of the guest's MMU.
+    fn free_roots(self, roots: u32) {
         let kvm = read!(self, vcpu.kvm);
         // SAFETY: Only an address is taken; the arguments are KVM's own.
         unsafe {
             let mmu = &raw mut (*self.raw()).vcpu.arch.guest_mmu;
-            let roots = bindings::MTK_MMU_ROOTS_ALL as usize;
-            CallId::FREE_ROOTS.call([kvm as usize, mmu as usize, roots]);
+            CallId::FREE_ROOTS.call([kvm as usize, mmu as usize, roots as usize]);
         }
     }
 

@@ -2,9 +2,9 @@
 //! kvm_init_shadow_ept_mmu(): which accesses fault by L1's EPT, and the role of EPT02.
 //!
 //! It is a function of a few bits of the EPT pointer and of mode-based execute control, and of what only an ioctl can change. KVM makes it anew
-//! when it differs from the last one, as it does each time where L1 goes back and forth between guests of which one has accessed and
-//! dirty flags. Here two are kept, for either value of that bit, and put in place before the stock function looks, which then has
-//! nothing to do but to find the root.
+//! when it differs from the last one, as it does each time where L1 goes back and forth between two guests of which one has mode-based execute
+//! control, or accessed and dirty flags. Here one is kept for each combination of the two, and put in place before the stock function looks,
+//! which then has nothing to do but to find the root.
 
 use super::{mismatch, takes_detour, Reason, NUMBER};
 use crate::{
@@ -17,7 +17,7 @@ use core::sync::atomic::AtomicBool;
 use kernel::prelude::*;
 
 /// How many are kept.
-const PLACES: usize = 2;
+const PLACES: usize = 4;
 /// Bit 6 of the EPT pointer: accessed and dirty flags.
 const ACCESSED_DIRTY: u32 = 1 << 6;
 
@@ -30,9 +30,9 @@ struct Known {
 /// What kvm_init_shadow_ept_mmu() made for the modes that were seen last.
 pub(super) struct Memory([Known; PLACES]);
 
-/// The place of a mode.
+/// The place of a mode: of its two parts the flag of the pointer is in the low twelve bits, the control above.
 fn place(mode: u32) -> usize {
-    usize::from(mode & ACCESSED_DIRTY != 0)
+    usize::from(mode & ACCESSED_DIRTY != 0) | usize::from(mode & !0xfff != 0) << 1
 }
 
 impl Memory {

@@ -21,6 +21,8 @@ use crate::{
 
 /// How many roots KVM keeps: the one in use and `KVM_MMU_NUM_PREV_ROOTS`.
 const ROOTS: usize = 4;
+/// How often L1's EPT is put to use without a VMPTRLD before old roots are given up.
+const PATIENCE: u32 = 64;
 /// No EPT pointer.
 const NONE: u64 = u64::MAX;
 
@@ -31,6 +33,8 @@ pub(crate) struct OldRoots {
     /// The EPT pointers that were put to use since. Their roots are up to date, as far as stock's are.
     renewed: [u64; ROOTS],
     next: usize,
+    /// How often L1's EPT was put to use since.
+    uses: u32,
 }
 
 impl OldRoots {
@@ -38,6 +42,7 @@ impl OldRoots {
         kept: false,
         renewed: [NONE; ROOTS],
         next: 0,
+        uses: 0,
     };
 
     /// Whether there are any, and `renew` has to be called when the vCPU's EPT12 has been put to use.
@@ -73,7 +78,8 @@ impl OldRoots {
     /// A root for this EPT pointer is put to use. Whether it may be older than the last VMPTRLD.
     #[inline(always)]
     fn put_to_use(&mut self, eptp: u64) -> bool {
-        let old = self.kept && !self.renewed.contains(&eptp);
+        self.uses += 1;
+        let old = !self.renewed.contains(&eptp);
         if old {
             if let Some(place) = self.renewed.get_mut(self.next) {
                 *place = eptp;
@@ -81,6 +87,14 @@ impl OldRoots {
             self.next = (self.next + 1) % ROOTS;
         }
         old
+    }
+
+    /// An L1 that stays with one VMCS for so long is not going to want old roots: those that were not put to use go, and with
+    /// them the care for them.
+    #[cold]
+    fn give_up(&mut self, vcpu: Vcpu) {
+        vcpu.free_previous_roots(|eptp| !self.renewed.contains(&eptp));
+        *self = Self::NONE;
     }
 }
 
@@ -90,7 +104,15 @@ pub(in crate::path) fn renew(vcpu: Vcpu, _section: &InFlight) {
         // KVM is going to make one.
         return;
     };
-    let old = state::with(vcpu, |local, _| local.regions.roots.put_to_use(eptp));
+    let old = state::with(vcpu, |local, counters| {
+        let roots = &mut local.regions.roots;
+        let old = roots.kept && roots.put_to_use(eptp);
+        if roots.uses >= PATIENCE {
+            roots.give_up(vcpu);
+            local.regions.publish(&counters.vmptrld);
+        }
+        old
+    });
     if old == Some(true) {
         // SAFETY: L2 is being entered on this thread, with KVM's SRCU lock held; `arch.mmu` is the guest's MMU.
         unsafe { CallId::SYNC_ROOTS.call([vcpu.key()]) };
