@@ -6,6 +6,7 @@
 //! same when the inputs come again. Any call may as well go to the stock function: what the parts leave behind is
 //! what stock left behind for the same inputs. The test knob (`policy::detour`) makes use of that.
 //!
+//! - [`enter`]: nested_vmx_enter_non_root_mode(), all of an entry of L2;
 //! - [`mmu`]: kvm_init_mmu(), the description of the guest's paging;
 //! - [`efer`]: vmx_set_efer(), EFER and the MSRs that are loaded with the guest;
 //! - [`host_state`]: load_vmcs12_host_state(), what L1 finds after an exit of L2;
@@ -15,6 +16,7 @@
 
 pub(crate) mod debugctl;
 mod efer;
+mod enter;
 mod host_state;
 mod interrupts;
 mod mmu;
@@ -48,6 +50,7 @@ pub(super) const PATH: Path = Path {
         HookId::FREE_NESTED,
         HookId::SYNC_VMCS02,
         HookId::GET_PAGES,
+        HookId::ENTER_NON_ROOT,
         HookId::RECALC_INTERCEPTS,
         HookId::SET_MSR,
         HookId::VCPU_RUN,
@@ -63,6 +66,9 @@ pub(super) const PATH: Path = Path {
         CallId::GFN_TO_MEMSLOT,
         CallId::UNMAP,
         CallId::SET_INTERCEPT,
+        CallId::SWITCH_VMCS,
+        CallId::HAS_INTERRUPT,
+        CallId::READ_L1_TSC,
     ],
     drain: Some(drain),
     drain_hooks: &[HookId::HANDLE_EXIT],
@@ -88,6 +94,8 @@ enum Reason {
 /// Reads what the path needs to know about kvm_intel, each time it has been loaded.
 pub(crate) fn prepare() {
     host_state::prepare();
+    #[cfg(MTK_GVA_WALK)]
+    crate::kvm::entry::prepare();
     pages::prepare();
 }
 
@@ -109,6 +117,7 @@ pub(crate) struct Memory {
     detour: Detour,
     mmu: mmu::Memory,
     efer: efer::Memory,
+    enter: enter::Memory,
     host_state: host_state::Memory,
     pages: pages::Memory,
     debugctl: debugctl::Memory,
@@ -135,6 +144,7 @@ impl Memory {
         detour: Detour::NEW,
         mmu: mmu::Memory::NEW,
         efer: efer::Memory::NEW,
+        enter: enter::Memory::NEW,
         host_state: host_state::Memory::NEW,
         pages: pages::Memory::NEW,
         debugctl: debugctl::Memory::NEW,
@@ -144,6 +154,7 @@ impl Memory {
     pub(crate) fn clear(&mut self) {
         self.mmu.clear();
         self.efer.clear();
+        self.enter.clear();
         self.host_state.clear();
         self.pages.clear();
         self.debugctl.clear();
