@@ -39,6 +39,7 @@
 	HOOK(init_mmu, kvm, kvm_init_mmu, 1)				\
 	HOOK(set_efer, kvm_intel, vmx_set_efer, 2)			\
 	HOOK(load_host_state, kvm_intel, load_vmcs12_host_state, 2)	\
+	HOOK(enter_non_root, kvm_intel, nested_vmx_enter_non_root_mode, 2) \
 	HOOK(get_pages, kvm_intel, nested_get_vmcs12_pages, 1)		\
 	HOOK(recalc_intercepts, kvm_intel, vmx_recalc_intercepts, 1)	\
 	HOOK(set_msr, kvm_intel, vmx_set_msr, 2)			\
@@ -77,6 +78,9 @@
 	CALL(new_pgd, kvm, kvm_mmu_new_pgd, 2)				\
 	CALL(unmap, kvm, kvm_vcpu_unmap, 2)				\
 	CALL(set_intercept, kvm_intel, vmx_set_intercept_for_msr, 4)	\
+	CALL(switch_vmcs, kvm_intel, vmx_switch_vmcs, 2)		\
+	CALL(has_interrupt, kvm, kvm_apic_has_interrupt, 1)		\
+	CALL(read_l1_tsc, kvm, kvm_read_l1_tsc, 2)			\
 	CALL(transition_flush, kvm_intel, nested_vmx_transition_tlb_flush, 3) \
 	CALL(allocate_vpid, kvm_intel, allocate_vpid, 0)		\
 	CALL(free_vpid, kvm_intel, free_vpid, 1)			\

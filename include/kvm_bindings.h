@@ -9,6 +9,7 @@
 #include <linux/fs.h>
 #include <linux/ftrace.h>
 #include <linux/gfp.h>
+#include <linux/hrtimer.h>
 #include <linux/kobject.h>
 #include <linux/kprobes.h>
 #include <linux/kthread.h>
@@ -22,6 +23,8 @@
 #include <linux/sched.h>
 #include <linux/srcu.h>
 #include <linux/sysfs.h>
+#include <linux/timekeeping.h>
+#include <linux/tracepoint.h>
 #include <linux/uaccess.h>
 #include "vmx/vmx.h"
 #include "vmx/nested.h"
@@ -41,12 +44,17 @@ enum {
 	MTK_MSR_DEBUGCTL = MSR_IA32_DEBUGCTLMSR,
 	MTK_NR_URET_MSRS = MAX_NR_USER_RETURN_MSRS,
 	MTK_MMU_ROOTS_ALL = KVM_MMU_ROOTS_ALL,
+	MTK_POSSIBLE_CR4_GUEST_BITS = KVM_POSSIBLE_CR4_GUEST_BITS,
 	MTK_MMU_CR0_ROLE_BITS = KVM_MMU_CR0_ROLE_BITS,
 	MTK_MMU_CR4_ROLE_BITS = KVM_MMU_CR4_ROLE_BITS,
 	MTK_VMCS12_REVISION = VMCS12_REVISION,
 	MTK_VMCS12_SIZE = VMCS12_SIZE,
 	MTK_FOLL_WRITE = FOLL_WRITE,
 	MTK_TDX_VM = KVM_X86_TDX_VM,
+	/* KVM_REQ_EVENT, KVM_REQ_TLB_FLUSH_CURRENT and KVM_REQ_TLB_FLUSH_GUEST, which are statement expressions. */
+	MTK_REQ_EVENT = KVM_REQUEST_ARCH_BASE + 6,
+	MTK_REQ_TLB_FLUSH_CURRENT = KVM_REQUEST_ARCH_BASE + 26,
+	MTK_REQ_TLB_FLUSH_GUEST = KVM_REQUEST_ARCH_BASE + 27,
 	MTK_RET_PF_EMULATE = RET_PF_EMULATE,
 	MTK_RET_PF_FIXED = RET_PF_FIXED,
 	MTK_RET_PF_SPURIOUS = RET_PF_SPURIOUS,

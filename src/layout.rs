@@ -36,7 +36,7 @@ static EXPECTED: &[Expected] = &expect! {
     vcpu_vmx {
         vcpu, vt, rflags, vmcs01, loaded_vmcs, rmode, segment_cache, nested, guest_uret_msrs,
         guest_uret_msrs_loaded,
-        msr_autoload, vpid,
+        msr_autoload, msr_autostore, vpid,
     }
     vmx_uret_msr { load_into_hardware }
     vmx_msrs { nr }
@@ -46,25 +46,33 @@ static EXPECTED: &[Expected] = &expect! {
         need_sync_vmcs02_to_vmcs12_rare, vmcs02, msrs, vmxon, vmxon_ptr, posted_intr_nv,
         cached_shadow_vmcs12, shadow_vmcs12_cache, apic_access_page_map, virtual_apic_map, pi_desc_map, pi_desc,
         force_msr_bitmap_recalc, vpid02,
+        #[cfg(MTK_GVA_WALK)] vmcs02_initialized, #[cfg(MTK_GVA_WALK)] pi_pending,
+        #[cfg(MTK_GVA_WALK)] preemption_timer, #[cfg(MTK_GVA_WALK)] preemption_timer_deadline,
+        #[cfg(MTK_GVA_WALK)] has_preemption_timer_deadline, #[cfg(MTK_GVA_WALK)] preemption_timer_expired,
+        #[cfg(MTK_GVA_WALK)] pre_vmenter_cr3, #[cfg(MTK_GVA_WALK)] pre_vmenter_debugctl,
+        #[cfg(MTK_GVA_WALK)] pre_vmenter_bndcfgs, #[cfg(MTK_GVA_WALK)] last_vpid,
+        #[cfg(MTK_GVA_WALK)] tsc_autostore_slot,
     }
     nested_vmx_msrs { misc_low, secondary_ctls_high }
-    loaded_vmcs { vmcs, shadow_vmcs, cpu, launched, controls_shadow, msr_bitmap }
-    vmcs_controls_shadow { vm_entry, vm_exit, exec, secondary_exec }
+    loaded_vmcs { vmcs, shadow_vmcs, cpu, launched, controls_shadow, msr_bitmap, nmi_known_unmasked }
+    vmcs_controls_shadow { vm_entry, vm_exit, pin, exec, secondary_exec }
     vmcs12 {
         io_bitmap_a, vmcs_link_pointer, cr0_guest_host_mask, guest_cr0, host_cr0,
         pin_based_vm_exec_control, secondary_vm_exec_control, guest_activity_state, virtual_processor_id, host_tr_selector,
         guest_pml_index,
     }
-    kvm_vcpu { kvm, arch, run, guest_debug, wants_to_run }
+    kvm_vcpu { kvm, arch, run, guest_debug, wants_to_run, requests, stat }
+    kvm_vcpu_stat { guest_mode }
     kvm_vcpu_arch {
         regs, regs_avail, cr0, cr4, efer, hflags, mmu, guest_mmu, nested_run_pending,
         reserved_gpa_bits, mmu_pte_list_desc_cache, root_mmu, regs_dirty, rip, cr0_guest_owned_bits, cr3,
         cr4_guest_owned_bits, host_debugctl, cpu_caps, cpuid_dynamic_bits_dirty, pat,
         switch_db_regs, dr7, apic, apic_base, #[cfg(MTK_GVA_WALK)] gva_walk,
-        #[cfg(MTK_GVA_WALK)] ngpa_walk,
+        #[cfg(MTK_GVA_WALK)] ngpa_walk, tsc_offset, tsc_scaling_ratio, l1_tsc_offset, l1_tsc_scaling_ratio,
+        virtual_tsc_khz, xfd_no_write_intercept, cr4_guest_rsvd_bits,
         #[cfg(not(MTK_GVA_WALK))] nested_mmu, #[cfg(not(MTK_GVA_WALK))] walk_mmu,
     }
-    kvm_lapic { apicv_active, guest_apic_protected, highest_isr_cache, regs }
+    kvm_lapic { pending_events, apicv_active, guest_apic_protected, highest_isr_cache, regs }
     pi_desc { pir, rsvd }
     kvm_mmu {
         root_role, root, prev_roots, page_fault, sync_spte, #[cfg(MTK_GVA_WALK)] fmt,

@@ -22,6 +22,7 @@ mod path;
 mod policy;
 mod state;
 mod sysfs;
+mod tracepoint;
 
 use kernel::prelude::*;
 
@@ -57,6 +58,7 @@ struct Matryoshka {
     _sysfs: sysfs::Tree,
     _notifier: control::Notifier,
     _running: Running,
+    _tracepoints: tracepoint::Notifier,
 }
 
 /// Takes everything off when it is dropped, also when loading fails half-way.
@@ -88,6 +90,8 @@ impl kernel::Module for Matryoshka {
                 EINVAL
             })?;
         alloc::MODULE.arm(u32::from(number(module_parameters::alloc_fault.value())));
+        // First, and gone last: handlers look at what it finds.
+        let tracepoints = tracepoint::Notifier::register()?;
         let running = Running;
         if layout::kvm_intel_is_loaded() {
             control::kvm_intel_came(usize::from(number(module_parameters::layout_fault.value())))?;
@@ -109,6 +113,7 @@ impl kernel::Module for Matryoshka {
             _sysfs: sysfs,
             _notifier: notifier,
             _running: running,
+            _tracepoints: tracepoints,
         })
     }
 }

@@ -94,6 +94,9 @@ call_ids! {
     NEW_PGD = mtk_call_id_MTK_CALL_new_pgd;
     UNMAP = mtk_call_id_MTK_CALL_unmap;
     SET_INTERCEPT = mtk_call_id_MTK_CALL_set_intercept;
+    SWITCH_VMCS = mtk_call_id_MTK_CALL_switch_vmcs;
+    HAS_INTERRUPT = mtk_call_id_MTK_CALL_has_interrupt;
+    READ_L1_TSC = mtk_call_id_MTK_CALL_read_l1_tsc;
     TRANSITION_FLUSH = mtk_call_id_MTK_CALL_transition_flush;
     ALLOCATE_VPID = mtk_call_id_MTK_CALL_allocate_vpid;
     FREE_VPID = mtk_call_id_MTK_CALL_free_vpid;
@@ -187,6 +190,7 @@ hook_ids! {
     INIT_MMU = mtk_hook_id_MTK_HOOK_init_mmu;
     SET_EFER = mtk_hook_id_MTK_HOOK_set_efer;
     LOAD_HOST_STATE = mtk_hook_id_MTK_HOOK_load_host_state;
+    ENTER_NON_ROOT = mtk_hook_id_MTK_HOOK_enter_non_root;
     GET_PAGES = mtk_hook_id_MTK_HOOK_get_pages;
     RECALC_INTERCEPTS = mtk_hook_id_MTK_HOOK_recalc_intercepts;
     SET_MSR = mtk_hook_id_MTK_HOOK_set_msr;

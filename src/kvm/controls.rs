@@ -25,9 +25,6 @@ pub(super) const ENABLE_VPID: u32 = 1 << 5;
 pub(super) const APIC_REGISTER_VIRT: u32 = 1 << 8;
 /// SECONDARY_EXEC_VIRTUAL_INTR_DELIVERY.
 pub(super) const VIRTUAL_INTR_DELIVERY: u32 = 1 << 9;
-/// SECONDARY_EXEC_MODE_BASED_EPT_EXEC.
-#[cfg(MTK_GVA_WALK)]
-pub(super) const MODE_BASED_EXECUTE: u32 = 1 << 22;
 /// SECONDARY_EXEC_SHADOW_VMCS.
 pub(super) const SHADOW_VMCS: u32 = 1 << 14;
 

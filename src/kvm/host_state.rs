@@ -111,7 +111,7 @@ impl Vcpu {
 
     /// `guest_cpu_cap_has()` of X86_FEATURE_SHSTK or X86_FEATURE_IBT.
     #[inline(always)]
-    fn has_cet(self) -> bool {
+    pub(super) fn has_cet(self) -> bool {
         const fn word(feature: u32) -> usize {
             feature as usize / 32
         }

@@ -111,4 +111,14 @@ impl Vcpu {
             && apic.is_idle()
             && self.requests_none(apic)
     }
+
+    /// `kvm_apic_has_pending_init_or_sipi()`.
+    #[cfg(MTK_GVA_WALK)]
+    #[inline(always)]
+    pub(crate) fn has_init_or_sipi(self) -> bool {
+        // SAFETY: By the invariants of `Lapic`. Other threads set the bits, so they are read in one go.
+        Lapic::of(self).is_some_and(|apic| unsafe {
+            (&raw const (*apic.0).pending_events).read_volatile() != 0
+        })
+    }
 }

@@ -6,8 +6,6 @@
 //! `root_mmu`, and of `nested_mmu` while L1's EPT is in use. From 7.3 on, too, the same is known of what
 //! kvm_init_shadow_ept_mmu() computes for L1's EPT.
 
-#[cfg(MTK_GVA_WALK)]
-use super::vmcs12::field;
 use super::{vcpu::read, Vcpu};
 use crate::{bindings, policy::role};
 use core::mem::{offset_of, size_of};
@@ -257,18 +255,6 @@ impl Vcpu {
     pub(crate) fn mmu_key_of(self, cr0: u64, cr4: u64, efer: u64) -> Option<role::Key> {
         let hflags = u64::from(read!(self, vcpu.arch.hflags));
         role::Key::new(cr0, cr4, efer, hflags, false)
-    }
-
-    /// What of L1's EPT pointer and controls kvm_init_shadow_ept_mmu() computes from (`nested_ept_new_eptp()`); everything else
-    /// can only be changed by an ioctl.
-    #[cfg(MTK_GVA_WALK)]
-    #[inline(always)]
-    pub(crate) fn ept_mode(self) -> Option<u32> {
-        /// Length of the walk, accessed and dirty flags (SDM table 26-9).
-        const EPTP_MODE: u64 = 0x78;
-        let m = self.vmcs12()?;
-        let mbec = m.secondary_controls() & super::controls::MODE_BASED_EXECUTE;
-        Some((field!(m, ept_pointer) & EPTP_MODE) as u32 | mbec)
     }
 
     /// L1's EPT pointer that the root belongs to which is in use for it; `None` while there is no root.

@@ -3,6 +3,8 @@
 
 mod controls;
 pub(crate) mod efer;
+#[cfg(MTK_GVA_WALK)]
+pub(crate) mod entry;
 pub(crate) mod ept02;
 pub(crate) mod fields;
 pub(crate) mod guest_memory;

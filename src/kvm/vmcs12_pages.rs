@@ -149,7 +149,6 @@ impl Vcpu {
         let long = read!(self, vcpu.arch.efer) & EFER_LMA != 0;
         let plain = (long || secondary & ENABLE_EPT != 0)
             && !self.evmcs_is_mapped()
-            && !self.vmcs01_is_loaded()
             // Which stock unpins first.
             && !self.has_pinned_pages();
         plain.then(|| {

@@ -298,6 +298,35 @@ fn check<I: Inputs>(vcpu: Vcpu, vmcs12: Vmcs12, third: usize, cont: Continuation
     check_slowly::<I>(vcpu, vmcs12, third, cont)
 }
 
+/// Whether the check of the guest state would pass: its inputs are those with which it last did. May sleep.
+#[inline(always)]
+pub(super) fn guest_state_holds(vcpu: Vcpu, m: Vmcs12, memory: &mut Memory) -> bool {
+    super::mode(NUMBER) == Mode::On
+        && !GuestState::HOOK.livepatched()
+        && memory
+            .0
+            .get(vcpu.current_vmptr())
+            .and_then(|known| known.guest_state.as_ref())
+            .is_some_and(|was| was.unchanged(vcpu, m) && GuestState::memory_is_good(vcpu, m))
+}
+
+/// Whether `__vmx_guest_state_valid()` would say yes for an L2 in protected mode whose vmcs02 is loaded.
+#[inline(always)]
+pub(super) fn segments_hold(vcpu: Vcpu, memory: &mut Memory) -> bool {
+    !HookId::GUEST_STATE_VALID.livepatched()
+        && memory
+            .0
+            .get(vcpu.current_vmptr())
+            .and_then(|known| known.segments.as_ref())
+            .is_some_and(|was| vcpu.segments_are(was))
+}
+
+/// Counts what `guest_state_holds` and `segments_hold` have answered.
+#[inline(always)]
+pub(super) fn took(counters: &super::CounterSet) {
+    counters.path::<NUMBER>().taken.bump();
+}
+
 /// Lets the stock code decide, and remembers or compares.
 #[cold]
 #[inline(never)]

@@ -5,6 +5,7 @@
 pub mod ahead;
 pub mod btf;
 pub mod detour;
+pub mod entry;
 pub mod ept;
 pub mod host_state;
 pub mod knob;

@@ -6,33 +6,41 @@
 //! control, or accessed and dirty flags. Here one is kept for each combination of the two, and put in place before the stock function looks,
 //! which then has nothing to do but to find the root.
 
-use super::{mismatch, takes_detour, Reason, NUMBER};
+use super::{mismatch, takes_detour, Memory as All, Reason, NUMBER};
 use crate::{
     hook::HookId,
     kvm::{mmu::EptState, Vcpu},
-    path::{CounterSet, Local},
-    policy::mode::Mode,
+    path::{CounterSet, Counters, Local},
+    policy::{entry::MBEC, mode::Mode},
 };
 use core::sync::atomic::AtomicBool;
 use kernel::prelude::*;
 
 /// How many are kept.
 const PLACES: usize = 4;
-/// Bit 6 of the EPT pointer: accessed and dirty flags.
-const ACCESSED_DIRTY: u32 = 1 << 6;
+/// In a mode (`Vcpu::ept_mode`): bit 6 of the EPT pointer, accessed and dirty flags.
+const ACCESSED_DIRTY: u64 = 1 << 6;
+/// Mode-based execute control.
+const MODE_BASED: u64 = (MBEC as u64) << 8;
 
 #[derive(Clone, Copy)]
 struct Known {
-    mode: Option<u32>,
+    mode: Option<u64>,
     state: EptState,
 }
 
 /// What kvm_init_shadow_ept_mmu() made for the modes that were seen last.
 pub(super) struct Memory([Known; PLACES]);
 
-/// The place of a mode: of its two parts the flag of the pointer is in the low twelve bits, the control above.
-fn place(mode: u32) -> usize {
-    usize::from(mode & ACCESSED_DIRTY != 0) | usize::from(mode & !0xfff != 0) << 1
+/// The place of a mode.
+fn place(mode: u64) -> usize {
+    usize::from(mode & ACCESSED_DIRTY != 0) | usize::from(mode & MODE_BASED != 0) << 1
+}
+
+/// The mode of the current vmcs12; `None` without EPT.
+#[inline(always)]
+fn mode_of(vcpu: Vcpu) -> Option<u64> {
+    vcpu.vmcs12().map(Vcpu::ept_mode).filter(|&mode| mode != 0)
 }
 
 impl Memory {
@@ -50,29 +58,32 @@ impl Memory {
     }
 
     #[inline(always)]
-    fn get(&self, mode: u32) -> Option<&EptState> {
+    fn get(&self, mode: u64) -> Option<&EptState> {
         let known = self.0.get(place(mode))?;
         (known.mode == Some(mode)).then_some(&known.state)
     }
+}
+
+/// Puts in place what kvm_init_shadow_ept_mmu() would make for this vmcs12, if that is known and not there. `None` if it is not known.
+#[inline(always)]
+pub(super) fn put(all: &mut All, vcpu: Vcpu, count: &Counters) -> Option<()> {
+    let known = all.ept_mmu.get(mode_of(vcpu)?)?;
+    if !known.has_mode_of(vcpu) && !takes_detour(&mut all.detour, count) {
+        known.restore(vcpu);
+        count.taken.bump();
+    }
+    Some(())
 }
 
 /// nested_ept_new_eptp() is about to run: puts in place what it is about to make. Returns whether `learn` has to be called
 /// afterwards.
 #[inline(always)]
 pub(in crate::path) fn prime(local: &mut Local, vcpu: Vcpu, counters: &CounterSet) -> bool {
-    let all = &mut local.nested_switch;
-    let (Some(mode), Mode::On) = (vcpu.ept_mode(), super::mode(HookId::NEW_EPTP)) else {
-        return super::mode(HookId::NEW_EPTP) == Mode::Check;
-    };
-    let Some(known) = all.ept_mmu.get(mode) else {
-        return true;
-    };
-    let count = counters.path::<NUMBER>();
-    if !known.has_mode_of(vcpu) && !takes_detour(&mut all.detour, count) {
-        known.restore(vcpu);
-        count.taken.bump();
+    match super::mode(HookId::NEW_EPTP) {
+        Mode::Off => false,
+        Mode::Check => true,
+        Mode::On => put(&mut local.nested_switch, vcpu, counters.path::<NUMBER>()).is_none(),
     }
-    false
 }
 
 static REPORTED: AtomicBool = AtomicBool::new(false);
@@ -81,7 +92,7 @@ static REPORTED: AtomicBool = AtomicBool::new(false);
 #[cold]
 #[inline(never)]
 pub(in crate::path) fn learn(local: &mut Local, vcpu: Vcpu, counters: &CounterSet) {
-    let Some(mode) = vcpu.ept_mode() else { return };
+    let Some(mode) = mode_of(vcpu) else { return };
     let count = counters.path::<NUMBER>();
     let memory = &mut local.nested_switch.ept_mmu;
     match memory.get(mode) {

@@ -30,6 +30,12 @@ pub(super) fn prepare() {
     ABLE.store(able, Ordering::Relaxed);
 }
 
+/// Whether kvm_intel uses EPT and unrestricted guest.
+#[inline(always)]
+pub(super) fn is_able() -> bool {
+    ABLE.load(Ordering::Relaxed)
+}
+
 /// What is kept for one vCPU.
 pub(super) struct Memory {
     known: Option<ControlRegisters>,
@@ -48,7 +54,7 @@ impl Memory {
 fn plan(vcpu: Vcpu, m: Vmcs12, memory: &super::Memory) -> Result<(Plan, Key), Reason> {
     let plan = vcpu.host_state_inputs(m).plan().ok_or(Reason::Unusual)?;
     let known = memory.host_state.known.as_ref().ok_or(Reason::New)?;
-    if !ABLE.load(Ordering::Relaxed) || !vcpu.can_load_host_state(m, known) {
+    if !is_able() || !vcpu.can_load_host_state(m, known) {
         return Err(Reason::Unusual);
     }
     let key = vcpu

@@ -6,6 +6,7 @@
 //! same when the inputs come again. Any call may as well go to the stock function: what the parts leave behind is
 //! what stock left behind for the same inputs. The test knob (`policy::detour`) makes use of that.
 //!
+//! - [`enter`]: nested_vmx_enter_non_root_mode(), all of an entry of L2;
 //! - [`mmu`]: kvm_init_mmu(), the description of the guest's paging;
 //! - [`ept_mmu`]: kvm_init_shadow_ept_mmu(), the same for L1's EPT;
 //! - [`efer`]: vmx_set_efer(), EFER and the MSRs that are loaded with the guest;
@@ -17,6 +18,7 @@
 
 pub(crate) mod debugctl;
 mod efer;
+mod enter;
 #[cfg(MTK_GVA_WALK)]
 pub(super) mod ept_mmu;
 mod host_state;
@@ -53,6 +55,7 @@ pub(super) const PATH: Path = Path {
         HookId::FREE_NESTED,
         HookId::SYNC_VMCS02,
         HookId::GET_PAGES,
+        HookId::ENTER_NON_ROOT,
         HookId::RECALC_INTERCEPTS,
         HookId::SET_MSR,
         HookId::VCPU_RUN,
@@ -73,6 +76,9 @@ pub(super) const PATH: Path = Path {
         CallId::LOAD_VMCS,
         CallId::ALLOCATE_VPID,
         CallId::FREE_VPID,
+        CallId::SWITCH_VMCS,
+        CallId::HAS_INTERRUPT,
+        CallId::READ_L1_TSC,
     ],
     drain: Some(drain),
     drain_hooks: &[HookId::HANDLE_EXIT],
@@ -98,6 +104,8 @@ enum Reason {
 /// Reads what the path needs to know about kvm_intel, each time it has been loaded.
 pub(crate) fn prepare() {
     host_state::prepare();
+    #[cfg(MTK_GVA_WALK)]
+    crate::kvm::entry::prepare();
     pages::prepare();
     vpids::prepare();
 }
@@ -132,6 +140,7 @@ pub(crate) struct Memory {
     #[cfg(MTK_GVA_WALK)]
     ept_mmu: ept_mmu::Memory,
     efer: efer::Memory,
+    enter: enter::Memory,
     host_state: host_state::Memory,
     pages: pages::Memory,
     debugctl: debugctl::Memory,
@@ -163,6 +172,7 @@ impl Memory {
         #[cfg(MTK_GVA_WALK)]
         ept_mmu: ept_mmu::Memory::NEW,
         efer: efer::Memory::NEW,
+        enter: enter::Memory::NEW,
         host_state: host_state::Memory::NEW,
         pages: pages::Memory::NEW,
         debugctl: debugctl::Memory::NEW,
@@ -175,6 +185,7 @@ impl Memory {
         #[cfg(MTK_GVA_WALK)]
         self.ept_mmu.clear();
         self.efer.clear();
+        self.enter.clear();
         self.host_state.clear();
         self.pages.clear();
         self.debugctl.clear();

@@ -225,9 +225,30 @@ fn publish(memory: &Memory, counters: &CounterSet) {
     }
 }
 
+/// The pages that an entry of L2 gets: slots that are kept, for these addresses.
+pub(super) struct Plan {
+    places: [u8; USES.len()],
+    wanted: Wanted,
+    /// vmcs02 has a bitmap of MSRs.
+    bitmap: bool,
+}
+
+impl Plan {
+    /// For a vmcs12 that names no page.
+    const NONE: Plan = Plan {
+        places: [NOWHERE; USES.len()],
+        wanted: [None; USES.len()],
+        bitmap: false,
+    };
+}
+
 /// The slots to give KVM, and for which addresses, if everything is known.
 #[inline(always)]
-fn plan(vcpu: Vcpu, m: Vmcs12, memory: &mut Memory) -> Result<([u8; USES.len()], Wanted), Reason> {
+fn places(
+    vcpu: Vcpu,
+    m: Vmcs12,
+    memory: &mut Memory,
+) -> Result<([u8; USES.len()], Wanted), Reason> {
     // KVM has unpinned what it was lent and not asked for again.
     memory.lent = [NOWHERE; USES.len()];
     if !merges_alike() {
@@ -240,6 +261,66 @@ fn plan(vcpu: Vcpu, m: Vmcs12, memory: &mut Memory) -> Result<([u8; USES.len()],
     }
     let places = memory.find(&wanted).ok_or(Reason::New)?;
     Ok((places, wanted))
+}
+
+/// What an entry of L2 gets; KVM's bitmap of MSRs of vmcs02 is made. If what is looked at afterwards speaks against the
+/// entry, nothing needs to be undone: the stock code makes the bitmap anew. May sleep.
+///
+/// # Safety
+///
+/// KVM is carrying out a VMLAUNCH or VMRESUME of L1, under its SRCU lock.
+#[inline(always)]
+pub(super) unsafe fn plan(vcpu: Vcpu, m: Vmcs12, memory: &mut Memory) -> Result<Plan, Reason> {
+    if vcpu.wants_no_page(m) {
+        return Ok(Plan::NONE);
+    }
+    let (places, wanted) = places(vcpu, m, memory)?;
+    // SAFETY: By this function's contract; memory slots are those of `stamp`. If L1's bitmap cannot be read whole, the stock
+    // code writes KVM's anew.
+    let bitmap = unsafe {
+        let mut guest = GuestMemory::with_slot(vcpu, memory.bitmap_slot);
+        let bitmap = vcpu.merge_msr_bitmap(m, &mut guest, !memory.own_bitmap);
+        memory.bitmap_slot = guest.slot();
+        bitmap.ok_or(Reason::Unusual)?
+    };
+    Ok(Plan {
+        places,
+        wanted,
+        bitmap,
+    })
+}
+
+impl Plan {
+    /// Whether vmcs02 has a bitmap of MSRs.
+    #[inline(always)]
+    pub(super) fn has_bitmap(&self) -> bool {
+        self.bitmap
+    }
+}
+
+/// Gives KVM its pages, and their addresses to vmcs02.
+///
+/// # Safety
+///
+/// As for `plan`, whose result `plan` is, with vmcs02 loaded; KVM has let go of its pages at the last exit.
+#[inline(always)]
+pub(super) unsafe fn give(vcpu: Vcpu, memory: &mut Memory, plan: &Plan) {
+    let mut give = |use_: Use, n: usize| {
+        let place = plan.places[n];
+        if let (Some(map), Some(address)) = (memory.slot(place), plan.wanted[n]) {
+            // SAFETY: `find` has chosen a page that is kept and has this address by a look-up that would come out the same
+            // now.
+            unsafe { vcpu.give_page(use_, map, address) };
+            memory.kept &= !(1 << place);
+        }
+    };
+    // Spelt out: each use is known to the compiler.
+    give(Use::ApicAccess, 0);
+    give(Use::VirtualApic, 1);
+    give(Use::PostedInterrupts, 2);
+    memory.lent = plan.places;
+    memory.last = plan.places;
+    memory.own_bitmap |= plan.bitmap;
 }
 
 /// Handler of nested_get_vmcs12_pages().
@@ -261,37 +342,19 @@ extern "C" fn mtk_on_get_pages(raw: *mut bindings::kvm_vcpu, cont: Continuation)
         Mode::On => state::with(vcpu, |local, counters| {
             let count = counters.path::<NUMBER>();
             let switch = &mut local.nested_switch;
-            let (places, wanted) = plan(vcpu, m, &mut switch.pages)?;
+            if vcpu.vmcs01_is_loaded() {
+                return Err(Reason::Unusual);
+            }
+            // SAFETY: In this handler, which KVM calls under its SRCU lock.
+            let plan = unsafe { plan(vcpu, m, &mut switch.pages)? };
             if takes_detour(&mut switch.detour, count) {
                 return Err(Reason::Detour);
             }
-            let memory = &mut switch.pages;
-            // SAFETY: In this handler, which KVM calls under its SRCU lock, and memory slots are those of `stamp`. If
-            // L1's bitmap cannot be read whole, the stock code writes KVM's anew.
-            let bitmap = unsafe {
-                let mut guest = GuestMemory::with_slot(vcpu, memory.bitmap_slot);
-                let bitmap = vcpu.merge_msr_bitmap(m, &mut guest, !memory.own_bitmap);
-                memory.bitmap_slot = guest.slot();
-                bitmap.ok_or(Reason::Unusual)?
-            };
-            let mut give = |use_: Use, n: usize| {
-                let place = places[n];
-                if let (Some(map), Some(address)) = (memory.slot(place), wanted[n]) {
-                    // SAFETY: `find` has chosen a page that is kept and has this address by a look-up that would come
-                    // out the same now; KVM has let go of its own at the last exit.
-                    unsafe { vcpu.give_page(use_, map, address) };
-                    memory.kept &= !(1 << place);
-                }
-            };
-            // Spelt out: each use is known to the compiler.
-            give(Use::ApicAccess, 0);
-            give(Use::VirtualApic, 1);
-            give(Use::PostedInterrupts, 2);
-            memory.lent = places;
-            memory.last = places;
             // SAFETY: As above, with vmcs02 loaded.
-            unsafe { vcpu.use_msr_bitmap(bitmap) };
-            memory.own_bitmap |= bitmap;
+            unsafe {
+                give(vcpu, &mut switch.pages, &plan);
+                vcpu.use_msr_bitmap(plan.bitmap);
+            }
             count.taken.bump();
             Ok(())
         }),

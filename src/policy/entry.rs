@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What an L2 in 64-bit mode is entered with (SDM volume 3, 27.3.2: loading guest state), and the controls that KVM merges
+//! out of L1's wishes and its own.
+
+/// The VM-execution, VM-entry and VM-exit controls of one VMCS (SDM volume 3, 25.6 to 25.8).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Controls {
+    /// Pin-based.
+    pub pin: u32,
+    /// Primary processor-based.
+    pub primary: u32,
+    /// Secondary processor-based; of vmcs12 those in force.
+    pub secondary: u32,
+    /// VM-entry.
+    pub entry: u32,
+    /// VM-exit. Those of vmcs12 are emulated and matter to nothing here.
+    pub exit: u32,
+}
+
+/// Pin-based: activate the VMX-preemption timer, which KVM emulates for L1.
+pub const PREEMPTION_TIMER: u32 = 1 << 6;
+/// Pin-based: process posted interrupts.
+pub const POSTED_INTERRUPTS: u32 = 1 << 7;
+
+/// Primary: interrupt-window exiting.
+pub const INTERRUPT_WINDOW: u32 = 1 << 2;
+/// Primary: use TSC offsetting.
+pub const TSC_OFFSETTING: u32 = 1 << 3;
+/// Primary: CR8-load exiting and CR8-store exiting.
+const CR8_EXITING: u32 = 3 << 19;
+/// Primary: use TPR shadow.
+pub const TPR_SHADOW: u32 = 1 << 21;
+/// Primary: NMI-window exiting.
+pub const NMI_WINDOW: u32 = 1 << 22;
+/// Primary: unconditional I/O exiting.
+const UNCONDITIONAL_IO: u32 = 1 << 24;
+/// Primary: use I/O bitmaps.
+const IO_BITMAPS: u32 = 1 << 25;
+/// Primary: use MSR bitmaps.
+const MSR_BITMAPS: u32 = 1 << 28;
+
+/// Secondary: enable EPT.
+pub const EPT: u32 = 1 << 1;
+/// Secondary: descriptor-table exiting, with which KVM emulates CR4.UMIP where the processor lacks it.
+const DESCRIPTOR_TABLES: u32 = 1 << 2;
+/// Secondary: enable VPID.
+pub const VPID: u32 = 1 << 5;
+/// Secondary: unrestricted guest.
+pub const UNRESTRICTED_GUEST: u32 = 1 << 7;
+/// Secondary: virtual-interrupt delivery.
+pub const INTERRUPT_DELIVERY: u32 = 1 << 9;
+/// Secondary: VMCS shadowing.
+const VMCS_SHADOWING: u32 = 1 << 14;
+/// Secondary: ENCLS exiting.
+const ENCLS: u32 = 1 << 15;
+/// Secondary: enable page-modification logging.
+const PML: u32 = 1 << 17;
+/// Secondary: mode-based execute control for EPT.
+pub const MBEC: u32 = 1 << 22;
+/// Secondary: use TSC scaling.
+pub const TSC_SCALING: u32 = 1 << 25;
+/// Secondary controls that KVM takes from vmcs12 alone: virtualize APIC accesses, descriptor tables, RDTSCP, virtualize
+/// x2APIC mode, APIC-register virtualization, virtual-interrupt delivery, INVPCID, VM functions, XSAVES, mode-based execute
+/// control, user wait and pause.
+const L1_ALONE: u32 = 1 << 0
+    | DESCRIPTOR_TABLES
+    | 1 << 3
+    | 1 << 4
+    | 1 << 8
+    | INTERRUPT_DELIVERY
+    | 1 << 12
+    | 1 << 13
+    | 1 << 20
+    | MBEC
+    | 1 << 26;
+
+/// Entry: load debug controls.
+pub const LOAD_DEBUG: u32 = 1 << 2;
+/// Entry: IA-32e mode guest.
+const IA32E_MODE: u32 = 1 << 9;
+/// Entry: load IA32_PERF_GLOBAL_CTRL.
+const LOAD_PERF_GLOBAL_CTRL: u32 = 1 << 13;
+/// Entry: load IA32_PAT.
+pub const LOAD_PAT: u32 = 1 << 14;
+/// Entry: load IA32_EFER.
+const LOAD_EFER: u32 = 1 << 15;
+/// Entry: load IA32_BNDCFGS.
+pub const LOAD_BNDCFGS: u32 = 1 << 16;
+/// Entry: load CET state.
+const LOAD_CET: u32 = 1 << 20;
+
+/// CR0.PE and CR0.PG.
+const PROTECTED_AND_PAGED: u64 = 1 << 0 | 1 << 31;
+/// CR4.PAE.
+const PAE: u64 = 1 << 5;
+/// EFER.LME and EFER.LMA.
+const LONG_MODE: u64 = 1 << 8 | 1 << 10;
+/// A TSC multiplier that changes nothing: the number has 48 fractional bits.
+const UNSCALED: u64 = 1 << 48;
+/// RFLAGS.VM.
+const RFLAGS_VM: u64 = 1 << 17;
+
+/// What decides how L2 is entered: fields of vmcs12, and of L1 its EFER.
+#[derive(Clone, Copy, Debug)]
+pub struct Inputs {
+    /// The controls of vmcs12.
+    pub wanted: Controls,
+    /// VM-entry MSR-load count.
+    pub msr_count: u64,
+    /// Guest CR0.
+    pub cr0: u64,
+    /// Guest CR4.
+    pub cr4: u64,
+    /// Guest IA32_EFER.
+    pub efer: u64,
+    /// Guest RFLAGS.
+    pub rflags: u64,
+    /// Guest DR7.
+    pub dr7: u64,
+    /// TSC multiplier.
+    pub tsc_multiplier: u64,
+    /// VMX-preemption timer-value.
+    pub timer: u64,
+    /// L1's IA32_EFER.
+    pub l1_efer: u64,
+}
+
+impl Inputs {
+    /// The IA32_EFER of L2. `None` for what is out of the ordinary: an L2 or an L1 that is not in 64-bit mode, a list of MSRs to
+    /// load, CET, performance counters, TSC scaling, a timer that has run down already.
+    #[inline(always)]
+    pub const fn efer(&self) -> Option<u64> {
+        const STOCK: u32 = LOAD_PERF_GLOBAL_CTRL | LOAD_CET;
+        // `nested_vmx_calc_efer()`.
+        let efer = if self.wanted.entry & LOAD_EFER != 0 {
+            self.efer
+        } else if self.wanted.entry & IA32E_MODE != 0 {
+            self.l1_efer | LONG_MODE
+        } else {
+            0
+        };
+        let plain = self.wanted.entry & STOCK == 0
+            && (self.wanted.secondary & TSC_SCALING == 0 || self.tsc_multiplier == UNSCALED)
+            && self.msr_count == 0
+            && efer & LONG_MODE == LONG_MODE
+            && self.l1_efer & LONG_MODE == LONG_MODE
+            && self.cr0 & PROTECTED_AND_PAGED == PROTECTED_AND_PAGED
+            && self.cr4 & PAE != 0
+            && self.rflags & RFLAGS_VM == 0
+            && self.dr7 >> 32 == 0
+            && (self.wanted.pin & PREEMPTION_TIMER == 0 || self.timer != 0);
+        if plain {
+            Some(efer)
+        } else {
+            None
+        }
+    }
+}
+
+impl Controls {
+    /// The controls of vmcs02: `self` are those of vmcs01 and so KVM's own, `wanted` those of vmcs12. `bitmap`: vmcs02 has
+    /// a bitmap of MSRs. `umip`: KVM emulates CR4.UMIP for L2. The bits that follow from EFER are not set. `None` if KVM has more to
+    /// do, for ENCLS.
+    #[inline(always)]
+    pub const fn merge(&self, wanted: &Controls, bitmap: bool, umip: bool) -> Option<Controls> {
+        let mut pin = self.pin | (wanted.pin & !PREEMPTION_TIMER);
+        if wanted.pin & POSTED_INTERRUPTS == 0 {
+            pin &= !POSTED_INTERRUPTS;
+        }
+        let mut primary =
+            self.primary & !(INTERRUPT_WINDOW | NMI_WINDOW | TPR_SHADOW) | wanted.primary;
+        if primary & TPR_SHADOW == 0 {
+            primary |= CR8_EXITING;
+        }
+        primary = (primary | UNCONDITIONAL_IO) & !(IO_BITMAPS | MSR_BITMAPS);
+        if bitmap {
+            primary |= MSR_BITMAPS;
+        }
+        let mut secondary = self.secondary & !L1_ALONE | wanted.secondary;
+        secondary &= !(PML | VMCS_SHADOWING);
+        if wanted.secondary & UNRESTRICTED_GUEST == 0 {
+            secondary &= !UNRESTRICTED_GUEST;
+        }
+        if umip {
+            secondary |= DESCRIPTOR_TABLES;
+        }
+        if secondary & ENCLS != 0 {
+            return None;
+        }
+        Some(Controls {
+            pin,
+            primary,
+            secondary,
+            entry: (self.entry | wanted.entry & !LOAD_PERF_GLOBAL_CTRL) & !(IA32E_MODE | LOAD_EFER),
+            exit: self.exit & !(1 << 21),
+        })
+    }
+}
+
+/// What L2 reads in CR0 or CR4 (`nested_read_cr0()`): L1's shadow where L1 owns the bit.
+#[inline(always)]
+pub const fn read_shadow(value: u64, mask: u64, shadow: u64) -> u64 {
+    value & !mask | shadow & mask
+}
