@@ -37,7 +37,7 @@ pub const CR4_BITS: u64 = CR4_PSE | CR4_PAE | CR4_LA57 | CR4_SMEP | CR4_SMAP | C
 pub const EFER_BITS: u64 = EFER_NX | EFER_LMA;
 
 /// How many places [`Key::place`] tells apart.
-pub const PLACES: usize = 3;
+pub const PLACES: usize = 6;
 
 /// Everything that the result depends on and that the guest can change. The registers' bits happen not to meet,
 /// so they stand where they are in the registers.
@@ -62,10 +62,13 @@ impl Key {
         }
     }
 
-    /// Where the result for this key is kept: L1, L2 without EPT, L2 with EPT. `nested` is never set without L2.
+    /// Where the result for this key is kept: L1, L2 without EPT, L2 with EPT, each with and without protection of a supervisor from user
+    /// pages, for an L1 that goes back and forth between a kernel and something smaller. `nested` is never set without L2.
     #[inline(always)]
     pub const fn place(self) -> usize {
-        let at = (self.0 & HF_GUEST) + ((self.0 & NESTED) >> 2);
+        let kind = (self.0 & HF_GUEST) + ((self.0 & NESTED) >> 2);
+        let protected = self.0 & (CR4_SMEP | CR4_SMAP | CR4_PKE) != 0;
+        let at = 2 * kind + protected as u64;
         // In range whatever the bits say.
         if at < PLACES as u64 {
             at as usize

@@ -201,7 +201,12 @@ mod plain {
             return Verdict::STOCK;
         }
         let key = vcpu.current_vmptr();
+        // What it is not known for is not compared.
+        let compares = matches!(reason, None | Some(Reason::Detour));
         let before = state::with(vcpu, |local, _| {
+            if !compares {
+                return None;
+            }
             let derived = local.nested_switch.enter.0.get(key)?.0?;
             let bitmap = vcpu.uses_msr_bitmap(m);
             let known = vcpu.would_derive(m, &derived).then_some(derived)?;
