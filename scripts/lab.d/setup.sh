@@ -15,7 +15,7 @@ plan_setup() {
 		step "kernel metadata for Rust" prepare_known 95 215
 	fi
 	if [ -z "$KNOWN" ] || { use_guest; ! ready "$GUEST_DIR"; }; then step "guest kernel" guest_known 300 1620; fi
-	if [ -n "${MATRYOSHKA_DEBUG:-}" ] && { [ -z "$KNOWN" ] || { use_debug "$MATRYOSHKA_DEBUG"; ! ready "$DEBUG_DIR"; }; }; then
+	if [ -n "${MATRYOSHKA_DEBUG:-}" ] && { [ -z "$KNOWN" ] || { use_debug "$MATRYOSHKA_DEBUG"; ! debug_ready; }; }; then
 		step "$MATRYOSHKA_DEBUG kernel" debug_known 600 2400
 	fi
 	use_emu
