@@ -32,6 +32,8 @@ help:
 	@echo '  make run       stock KVM and Matryoshka side by side, as L1, L2 and L3; writes out/bench.json'
 	@echo '  make test      everything that can be tested, ending in one table'
 	@echo '  make soak TIME=8h   the tests that have chance in them, with other seeds until the time is over'
+	@echo '  make sanitize  the tests on kernels with KASAN, lockdep, kmemleak and KCSAN, and those that take'
+	@echo '                 long: make sanitize PARTS="kasan-stress kcsan" (scripts/sanitize --list)'
 	@echo '  make bench     the same with every operation; or choose:'
 	@echo '                   make bench DEPTHS=2 CONFIGS=stock,l0 OPS=hypercall,touch_cold'
 	@echo '  make profile   which kernel functions an operation spends its instructions in:'
@@ -59,7 +61,7 @@ help:
 
 # --- in the lab ---
 
-.PHONY: lab build run bench profile shell test soak check fuzz xen
+.PHONY: lab build run bench profile shell test soak sanitize check fuzz xen
 lab:
 	@$(LAB) setup $(if $(KERNEL),--kernel $(KERNEL))
 
@@ -100,6 +102,10 @@ test:
 TIME ?= 30m
 soak:
 	@scripts/soak $(TIME)
+
+PARTS ?=
+sanitize:
+	@scripts/sanitize $(PARTS)
 
 check: lab
 	@scripts/check

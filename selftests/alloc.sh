@@ -33,7 +33,7 @@ at_load() {
 	done
 	# A few samples may all be of what loading can do without.
 	[ "$_n" -gt 20 ] && [ "$_n" -le 250 ] && { [ "$step" -gt 4 ] || [ "$_refused" -gt 0 ]; } || { echo "$_n allocations, $_refused refused"; return 1; }
-	say "loading makes $((_n - 1)) allocations; $_refused of those looked at are needed"
+	say "loading makes $((_n - 1)) allocations; $_refused of those looked at are needed" >&3
 }
 
 # run NAME OPTION...: the tests on one vCPU; logs in $TMP/NAME.
@@ -62,7 +62,7 @@ under_guest() {
 	done
 	echo 0 >"$fault"
 	[ "$_at" -gt 1 ] && [ "$_at" -le 200 ] || { echo "$_at allocations"; return 1; }
-	say "$_what: $((_at - 1)) allocations"
+	say "$_what: $((_at - 1)) allocations" >&3
 }
 
 begin

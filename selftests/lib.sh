@@ -18,9 +18,10 @@ CASES=0 PLANNED=0 PASSED=0 FAILED=0 SKIPPED=0
 
 # --- KTAP ---
 
-# plan N: N cases follow, and one that every test has: the kernel's log.
+# plan N: N cases follow, and those that every test has: the kernel's log and, where the kernel looks for them, leaks.
 plan() {
 	PLANNED=$(($1 + 1))
+	! looks_for_leaks || PLANNED=$((PLANNED + 1))
 	echo "1..$PLANNED"
 }
 
@@ -80,7 +81,7 @@ skip_all() {
 
 # --- the kernel's log ---
 
-COMPLAINTS='WARNING:|BUG:|Oops|general protection|Call Trace:|refcount_t:|blocked for more than|rcu: INFO|UBSAN|KASAN|nable to handle|scheduling while atomic|cut here|ftrace failed'
+COMPLAINTS='WARNING:|BUG:|BUG [^ ]+ \(|Oops|general protection|Call Trace:|refcount_t:|blocked for more than|rcu: INFO|UBSAN|KASAN:|non-static key|nable to handle|scheduling while atomic|cut here|ftrace failed'
 
 mark_log() {
 	MARK="matryoshka selftest $$ $(cut -d' ' -f1 /proc/uptime)"
@@ -99,8 +100,50 @@ log_since() {
 
 log_has() { log_since | grep -E -- "$1"; }
 
+# log_is_quiet: nothing that needs a look since the mark. Lockdep looks away for good once it has complained, even before.
+# Data races are for scripts/sanitize, which knows those that stock has.
 log_is_quiet() {
-	if log_since | grep -E -- "$COMPLAINTS"; then return 1; fi
+	if log_since | grep -E -- "$COMPLAINTS" | grep -v 'BUG: KCSAN: data-race'; then return 1; fi
+	if grep -qs 'debug_locks: *0' /proc/lockdep_stats; then echo "lockdep has switched itself off"; return 1; fi
+}
+
+# --- leaks, on a kernel with kmemleak (CONFIG_DEBUG_KMEMLEAK) ---
+
+KMEMLEAK=/sys/kernel/debug/kmemleak
+
+looks_for_leaks() { [ -w $KMEMLEAK ]; }
+
+# leaked_by MODULES: of a report of kmemleak on standard input, the objects with a function of one of MODULES (alternatives of
+# a pattern) in their stack, and those with a function that has no name, as all functions of a module that is gone. Status 1 if
+# there is none.
+leaked_by() {
+	awk -v named="[[]($1)[]]$" '
+		function flush() { if (ours) { printf "%s", object; found = 1 } object = ""; ours = stack = 0 }
+		/^unreferenced object/ { flush() }
+		{ object = object $0 "\n" }
+		/^  backtrace/ { stack = 1; next }
+		stack && ($0 ~ named || /^ *0x[0-9a-f]+$/) { ours = 1 }
+		END { flush(); exit !found }'
+}
+
+# forget_leaks: what leaked until now, as far as kmemleak has noticed, is somebody else's.
+forget_leaks() { echo clear >$KMEMLEAK; }
+
+# find_leaks: has kmemleak look for them. An object counts once it is five seconds old, has nobody who points to it, and was
+# the same when it was last looked at.
+find_leaks() {
+	sleep 6
+	echo scan >$KMEMLEAK && echo scan >$KMEMLEAK
+}
+
+# nothing_leaked: with the module out, so that nothing in it points to what it should have freed.
+nothing_leaked() {
+	if loaded; then unload || return 1; fi
+	find_leaks || return 1
+	cat $KMEMLEAK >"$TMP/leaks"
+	_objects=$(grep -c '^unreferenced' "$TMP/leaks")
+	[ "$_objects" -eq 0 ] || say "kmemleak has $_objects objects, whoever's they are" >&3
+	fails leaked_by 'matryoshka|kvm|kvm_intel' <"$TMP/leaks"
 }
 
 # --- the module ---
@@ -294,11 +337,13 @@ begin() {
 	trap 'restore' EXIT
 	trap 'exit 130' INT
 	trap 'exit 143' TERM
+	! looks_for_leaks || forget_leaks
 	mark_log
 }
 
-# finish: the last case, the totals, the exit status.
+# finish: the last cases, the totals, the exit status.
 finish() {
+	! looks_for_leaks || check "nothing leaked" nothing_leaked
 	check "the kernel did not complain" log_is_quiet
 	if [ "$CASES" -ne "$PLANNED" ]; then
 		say "$CASES cases ran and $PLANNED were planned"

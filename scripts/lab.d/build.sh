@@ -117,7 +117,7 @@ cmd_build_module() {
 	use_guest
 	for one in $which; do
 		case $one in
-		host) ready "$KERNEL_DIR" && { [ -z "${MATRYOSHKA_DEBUG:-}" ] || { use_debug "$MATRYOSHKA_DEBUG" && ready "$DEBUG_DIR"; }; } ;;
+		host) ready "$KERNEL_DIR" && { [ -z "${MATRYOSHKA_DEBUG:-}" ] || { use_debug "$MATRYOSHKA_DEBUG" && debug_ready; }; } ;;
 		guest) ready "$GUEST_DIR" ;;
 		esac || die "the $one kernel for $KVER is not in the lab" "Run: scripts/lab setup --kernel $KVER"
 		ns_run --int "$LAB" __build "$one" "$@"

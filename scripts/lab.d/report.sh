@@ -30,7 +30,7 @@ cmd_paths() {
 	assign ROOT "$ROOT"
 	printf 'KVER=%q\n' "$KVER"
 	if [ -n "${MATRYOSHKA_DEBUG:-}" ]; then
-		ready "$DEBUG_DIR" || die "the kernel $MATRYOSHKA_DEBUG is not in the lab" "Run: MATRYOSHKA_DEBUG=$MATRYOSHKA_DEBUG scripts/lab setup"
+		debug_ready || die "the kernel $MATRYOSHKA_DEBUG is not in the lab" "Run: MATRYOSHKA_DEBUG=$MATRYOSHKA_DEBUG scripts/lab setup"
 		KERNEL_DIR=$DEBUG_DIR
 	fi
 	assign KERNEL "$KERNEL_DIR"
@@ -155,13 +155,13 @@ cmd_clean() {
 	case ${1:-all} in
 	root) what=('root-*') ;;
 	kernel) what=('kernel-*' 'source-*') ;;
-	guest) what=('guest-*') ;;
+	guest) what=('guest-*' 'debug-*') ;;
 	emu) what=('emu-*') ;;
 	tool) what=('target-*') ;;
 	module) what=('mod-*') ;;
 	stale) stale; what=("${STALE[@]}") ;;
-	all) what=('root-*' 'kernel-*' 'source-*' 'guest-*' 'emu-*' 'mod-*' 'target-*' 'check-*' 'kdir-*' 'kvm-selftests-*' cargo dl log mmdebstrap
-		test-times emu-times.json) ;;
+	all) what=('root-*' 'kernel-*' 'source-*' 'guest-*' 'debug-*' 'emu-*' 'mod-*' 'target-*' 'check-*' 'kdir-*' 'kvm-selftests-*' cargo dl log mmdebstrap
+		test-times sanitize-times emu-times.json) ;;
 	*) usage_error "clean: no such piece: $1" ;;
 	esac
 	[ -d "$CACHE" ] || { note "nothing to remove"; return; }

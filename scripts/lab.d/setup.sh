@@ -15,8 +15,8 @@ plan_setup() {
 		step "kernel metadata for Rust" prepare_known 95 215
 	fi
 	if [ -z "$KNOWN" ] || { use_guest; ! ready "$GUEST_DIR"; }; then step "guest kernel" guest_known 300 1620; fi
-	if [ -n "${MATRYOSHKA_DEBUG:-}" ] && { [ -z "$KNOWN" ] || { use_debug "$MATRYOSHKA_DEBUG"; ! ready "$DEBUG_DIR"; }; }; then
-		step "kernel that looks for mistakes" debug_known 600 2400
+	if [ -n "${MATRYOSHKA_DEBUG:-}" ] && { [ -z "$KNOWN" ] || { use_debug "$MATRYOSHKA_DEBUG"; ! debug_ready; }; }; then
+		step "$MATRYOSHKA_DEBUG kernel" debug_known 600 2400
 	fi
 	use_emu
 	if [ -n "$EMU_DIR" ] && ! ready "$EMU_DIR"; then step "emulator" build_emu 180 emu_permille; fi
@@ -87,7 +87,15 @@ cmd_setup() {
 	! inside || die "the root file system cannot set itself up" "Leave it, and run the same command there."
 	need_x86_64
 	need_namespaces
-	take_lock setup
+	local lock=setup
+	if [ -n "${MATRYOSHKA_DEBUG:-}" ]; then
+		use_kernel "$(wanted_kernel)"
+		use_debug "$MATRYOSHKA_DEBUG"
+		# What every kernel needs comes first. Then a lock of its own, so that who does not want this kernel need not wait for it.
+		MATRYOSHKA_DEBUG='' "$LAB" setup ${refresh:+--refresh} || exit
+		lock=setup-$MATRYOSHKA_DEBUG refresh=''
+	fi
+	take_lock "$lock"
 	find_root
 	if ! ready "$ROOT"; then need_space 15; else need_space 3; fi
 	ns_run --int "$LAB" __setup "$refresh"
