@@ -52,5 +52,20 @@ unsigned long mtk_call_stock(unsigned long continuation, unsigned long a0, unsig
  * @a1: second argument
  */
 unsigned long mtk_call_stock2(unsigned long continuation, unsigned long a0, unsigned long a1);
+
+/**
+ * mtk_call_stock7() - mtk_call_stock() for a function of seven arguments
+ * @function: where to go on
+ * @a0: first argument
+ * @a1: second argument
+ * @a2: third argument
+ * @a3: fourth argument
+ * @a4: fifth argument
+ * @a5: sixth argument
+ * @a6: seventh argument
+ */
+unsigned long mtk_call_stock7(unsigned long function, unsigned long a0, unsigned long a1,
+			      unsigned long a2, unsigned long a3, unsigned long a4,
+			      unsigned long a5, unsigned long a6);
 #endif /* __ASSEMBLY__ */
 #endif /* MTK_HOOK_ABI_H */

@@ -54,7 +54,7 @@
 
 /*
  * KVM functions that Matryoshka calls: CALL(id, module, symbol, nargs), with the same checks, none to 5
- * arguments. Each is reached by a return, never by an indirect call (IBT).
+ * arguments, or 7. Each is reached by a return, never by an indirect call (IBT).
  */
 #define MTK_CALLS(CALL)							\
 	CALL(vcpu_load, kvm, vcpu_load, 1)				\
@@ -74,7 +74,9 @@
 	CALL(read_guest_atomic, kvm, kvm_vcpu_read_guest_atomic, 4)	\
 	CALL(topup_mmu_caches, kvm, mmu_topup_memory_caches, 2)		\
 	CALL(prefetch_sptes, kvm, kvm_mmu_prefetch_sptes, 5)		\
-	CALL(tdp_page_fault, kvm, kvm_tdp_page_fault, 2)		\
+	CALL(set_spte, kvm, mmu_set_spte, 7)				\
+	CALL(release_dirty, kvm, kvm_release_page_dirty, 1)		\
+	CALL(tdp_mmu_map, kvm, kvm_tdp_mmu_map, 2)			\
 	CALL(new_pgd, kvm, kvm_mmu_new_pgd, 2)				\
 	CALL(unmap, kvm, kvm_vcpu_unmap, 2)				\
 	CALL(set_intercept, kvm_intel, vmx_set_intercept_for_msr, 4)	\

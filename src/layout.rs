@@ -92,7 +92,7 @@ static EXPECTED: &[Expected] = &expect! {
     kvm_memory_slot { base_gfn, npages, dirty_bitmap, userspace_addr, flags, id }
     kvm_arch { disabled_quirks, mmu_valid_gen, mmu_page_hash, vm_type }
     kvm_mmu_page { hash_link, tdp_mmu_page, unsync, role, gfn, spt, shadowed_translation }
-    kvm_page_fault { addr, prefetch, present, rsvd, is_private, goal_level, gfn, slot }
+    kvm_page_fault { addr, prefetch, present, rsvd, is_private, max_level, goal_level, gfn, slot, pfn, refcounted_page, map_writable }
     page { flags }
     msr_data { index }
 };
@@ -229,7 +229,11 @@ pub(crate) fn check(fault: usize) -> Result<Prototypes, Mismatch> {
         }
     }
     for (ok, id) in prototypes.calls.iter_mut().zip(CallId::all()) {
-        *ok = *ok && id.resolve();
+        if *ok {
+            *ok = id.resolve();
+        } else {
+            id.forget();
+        }
     }
     Ok(prototypes)
 }

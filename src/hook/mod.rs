@@ -90,7 +90,9 @@ call_ids! {
     READ_GUEST_ATOMIC = mtk_call_id_MTK_CALL_read_guest_atomic;
     TOPUP_MMU_CACHES = mtk_call_id_MTK_CALL_topup_mmu_caches;
     PREFETCH_SPTES = mtk_call_id_MTK_CALL_prefetch_sptes;
-    TDP_PAGE_FAULT = mtk_call_id_MTK_CALL_tdp_page_fault;
+    SET_SPTE = mtk_call_id_MTK_CALL_set_spte;
+    RELEASE_DIRTY = mtk_call_id_MTK_CALL_release_dirty;
+    TDP_MMU_MAP = mtk_call_id_MTK_CALL_tdp_mmu_map;
     NEW_PGD = mtk_call_id_MTK_CALL_new_pgd;
     UNMAP = mtk_call_id_MTK_CALL_unmap;
     SET_INTERCEPT = mtk_call_id_MTK_CALL_set_intercept;
@@ -148,10 +150,27 @@ impl CallId {
         Some(unsafe {
             if N <= 2 {
                 bindings::mtk_call_stock2(address, arg(0), arg(1))
-            } else {
+            } else if N <= 5 {
                 bindings::mtk_call_stock(address, arg(0), arg(1), arg(2), arg(3), arg(4))
+            } else {
+                let (a0, a1, a2, a3) = (arg(0), arg(1), arg(2), arg(3));
+                bindings::mtk_call_stock7(address, a0, a1, a2, a3, arg(4), arg(5), arg(6))
             }
         })
+    }
+
+    /// Whether the function is there, with the arguments that the table expects.
+    #[inline(always)]
+    pub(crate) fn is_available(self) -> bool {
+        let address = CALL_ADDRESSES.get(self.0);
+        address.is_some_and(|a| a.load(Ordering::Relaxed) != 0)
+    }
+
+    /// Has `call` and `is_available` say that the function is not there.
+    pub(crate) fn forget(self) {
+        if let Some(a) = CALL_ADDRESSES.get(self.0) {
+            a.store(0, Ordering::Relaxed);
+        }
     }
 }
 

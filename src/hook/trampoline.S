@@ -95,6 +95,27 @@ SYM_FUNC_START(mtk_call_stock2)
 	RET
 SYM_FUNC_END(mtk_call_stock2)
 
+/* unsigned long mtk_call_stock7(function, a0, a1, a2, a3, a4, a5, a6); a6 goes on the stack */
+SYM_FUNC_START(mtk_call_stock7)
+	push	16(%rsp)
+	mov	16(%rsp), %rax
+	call	mtk_enter7
+	add	$8, %rsp
+	RET
+SYM_FUNC_END(mtk_call_stock7)
+
+SYM_FUNC_START_LOCAL(mtk_enter7)
+	push	%rdi
+	mov	%rsi, %rdi
+	mov	%rdx, %rsi
+	mov	%rcx, %rdx
+	mov	%r8, %rcx
+	mov	%r9, %r8
+	mov	%rax, %r9
+	UNWIND_HINT_FUNC
+	RET
+SYM_FUNC_END(mtk_enter7)
+
 #define HOOK_STRINGS(id, mod, sym, nargs)				\
 	.Lmod_##id: .asciz #mod ASM_NL					\
 	.Lsym_##id: .asciz #sym ASM_NL

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 //! EPT02, KVM's shadow of the table EPT12 that L1 made for L2, down at its last level.
 //!
-//! Nothing here writes an entry: that is left to KVM's own kvm_mmu_prefetch_sptes(), which keeps the reverse map, dirty
+//! Nothing here writes an entry: that is left to KVM's own mmu_set_spte() (`super::batch`), which keeps the reverse map, dirty
 //! logging and write protection right. What is here finds out where it may be asked to.
 
-use super::{guest_memory::PAGE, vcpu::read, vmx, Vcpu};
+use super::{guest_memory::PAGE, mmu_lock, vcpu::read, vmx, Vcpu};
 use crate::{bindings, hook::CallId, policy::ept::Rights};
 use core::{
     marker::PhantomData,
@@ -79,10 +79,11 @@ impl Vcpu {
         usize::try_from(read!(self, vcpu.arch.mmu_pte_list_desc_cache.nobjs)).unwrap_or(0)
     }
 
-    /// `mmu_topup_memory_caches()`: makes sure of at least 8 more. May sleep.
-    pub(crate) fn refill_mmu_caches(self) -> bool {
+    /// `mmu_topup_memory_caches()`: makes sure of at least 8 more, and of what new tables take; `shadow`: of a shadow of the
+    /// guest's own. May sleep.
+    pub(crate) fn refill_mmu_caches(self, shadow: bool) -> bool {
         // SAFETY: In a handler of an exit, as KVM calls it.
-        let ret = unsafe { CallId::TOPUP_MMU_CACHES.call([self.key(), 1]) };
+        let ret = unsafe { CallId::TOPUP_MMU_CACHES.call([self.key(), usize::from(shadow)]) };
         ret.is_some_and(|r| r as i32 == 0)
     }
 
@@ -138,11 +139,8 @@ impl MmuLock {
 
     /// Whether somebody waits for the lock (`rwlock_is_contended()`).
     pub(crate) fn is_contended(&self) -> bool {
-        // SAFETY: A vCPU's VM outlives it; what queues behind the lock's holder holds the lock for waiting.
-        unsafe {
-            let lock = &raw const (*self.kvm).mmu_lock.raw_lock.wait_lock;
-            lock.cast::<u32>().read_volatile() != 0
-        }
+        // SAFETY: A vCPU's VM outlives it.
+        unsafe { mmu_lock::is_contended(self.kvm) }
     }
 
     fn is_obsolete(&self, sp: *const bindings::kvm_mmu_page) -> bool {
@@ -264,6 +262,18 @@ pub(crate) struct Translation {
 }
 
 impl Leaf<'_> {
+    /// The vCPU that holds the lock.
+    #[inline(always)]
+    pub(super) fn vcpu(&self) -> Vcpu {
+        self.vcpu
+    }
+
+    /// Where the entry is.
+    #[inline(always)]
+    pub(super) fn pointer(&self, index: usize) -> *mut u64 {
+        self.entries.wrapping_add(index % ENTRIES)
+    }
+
     /// See the field.
     pub(crate) fn granted(&self) -> u64 {
         self.granted

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Safe views of KVM's structures, for use inside a hook's handler.
 
+mod batch;
 mod controls;
 pub(crate) mod efer;
 #[cfg(MTK_GVA_WALK)]
@@ -8,9 +9,12 @@ pub(crate) mod entry;
 pub(crate) mod ept02;
 pub(crate) mod fields;
 pub(crate) mod guest_memory;
+pub(crate) mod host_pages;
 pub(crate) mod host_state;
+mod host_tables;
 pub(crate) mod lapic;
 pub(crate) mod mmu;
+mod mmu_lock;
 pub(crate) mod nested;
 pub(crate) mod region;
 pub(crate) mod shadow_copy;

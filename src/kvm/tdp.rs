@@ -3,15 +3,14 @@
 
 use super::{
     ept02::{mark_accessed, shadow_page, ADDRESS, ENTRIES, HUGE, PRESENT},
+    host_pages::Pages,
+    mmu_lock::Moment,
     vcpu::read,
     vmx, Vcpu,
 };
 use crate::{bindings, hook::CallId};
 use core::sync::atomic::{AtomicU64, Ordering};
 use kernel::sync::rcu;
-
-/// FOLL_WRITE of the kernel's get_user_pages().
-const FOLL_WRITE: u32 = bindings::MTK_FOLL_WRITE;
 
 /// A copy of `struct kvm_page_fault`, as kvm_tdp_page_fault() gets it, to ask for other pages in the same way.
 pub(crate) struct Fault(bindings::kvm_page_fault);
@@ -25,13 +24,8 @@ impl Fault {
         Self(unsafe { ptr.read() })
     }
 
-    /// Guest-physical address, shifted by 12.
-    pub(crate) fn page(&self) -> u64 {
-        self.0.gfn
-    }
-
     /// The page of an access to one that is not there at all, of ordinary memory: in a slot without any flag (no logging
-    /// of writes, not read-only, no memory file of the guest's own). `None` for other faults.
+    /// of writes, not read-only, no memory file of the guest's own) of an ordinary VM. `None` for other faults.
     ///
     /// # Safety
     ///
@@ -48,94 +42,86 @@ impl Fault {
         (slot.flags == 0).then_some(fault.gfn)
     }
 
-    /// How many of `count` pages after the fault's the host has in memory for writing, from the first on, as far
-    /// as the slot goes. Does not sleep.
-    pub(crate) fn backed(&self, count: usize) -> usize {
-        self.get(0, count, |address, count, pages| {
-            // SAFETY: The address is checked by the function; there is room for as many pages.
-            let got =
-                unsafe { bindings::get_user_pages_fast_only(address, count, FOLL_WRITE, pages) };
-            got as isize
-        })
+    /// Those of `count` pages that are `distance` and more after the fault's which the host has in memory for writing, from the
+    /// first on, as far as the slot goes. Does not sleep.
+    pub(crate) fn look_up(&self, distance: u64, count: usize) -> Pages {
+        let (address, left) = self.place(distance);
+        Pages::look_up(address, count.min(left))
     }
 
-    /// Has the host get `count` more pages after the first `backed`, as far as the slot goes. Returns how many there
-    /// are now in all. May sleep.
-    pub(crate) fn populate(&self, backed: usize, count: usize) -> usize {
-        backed
-            + self.get(backed, count, |address, count, pages| {
-                // SAFETY: As above; the current task has the VMM's address space.
-                unsafe {
-                    bindings::get_user_pages_unlocked(address, count as usize, pages, FOLL_WRITE)
-                }
-            })
+    /// The same, and the host gets those that it does not have. May sleep.
+    pub(crate) fn populate(&self, distance: u64, count: usize) -> Pages {
+        let (address, left) = self.place(distance);
+        Pages::populate(address, count.min(left))
     }
 
-    /// Counts the pages that `how` finds, and gives them back; `skip` more pages after the fault's.
-    fn get(
-        &self,
-        skip: usize,
-        count: usize,
-        how: impl Fn(usize, i32, *mut *mut bindings::page) -> isize,
-    ) -> usize {
-        const MOST: usize = 16;
+    /// Where the VMM has the page that is `distance` after the fault's, and how many are left in the slot from there on.
+    fn place(&self, distance: u64) -> (usize, usize) {
         // SAFETY: As in `plain_page`.
         let Some(slot) = (unsafe { self.0.slot.as_ref() }) else {
-            return 0;
+            return (0, 0);
         };
-        let offset = (self.0.gfn.wrapping_sub(slot.base_gfn)).wrapping_add(1 + skip as u64);
+        let offset = (self.0.gfn.wrapping_sub(slot.base_gfn)).wrapping_add(distance);
         let left = (slot.npages as u64).saturating_sub(offset);
-        let count = (count as u64).min(left) as usize;
-        let start = slot.userspace_addr.wrapping_add((offset as usize) << 12);
-        let mut found = 0;
-        while found < count {
-            let mut pages = [core::ptr::null_mut(); MOST];
-            let ask = (count - found).min(MOST);
-            let got = how(
-                start.wrapping_add(found << 12),
-                ask as i32,
-                pages.as_mut_ptr(),
-            );
-            let got = usize::try_from(got).unwrap_or(0).min(ask);
-            if got != 0 {
-                // SAFETY: These references were taken just above.
-                unsafe {
-                    bindings::release_pages(
-                        bindings::release_pages_arg {
-                            pages: pages.as_mut_ptr(),
-                        },
-                        got as i32,
-                    );
-                }
-            }
-            found += got;
-            if got < ask {
-                break;
-            }
-        }
-        found
+        let address = slot.userspace_addr.wrapping_add((offset as usize) << 12);
+        (address, left as usize)
     }
 
-    /// Asks KVM for the page that is `distance` after the fault's, ahead of any access. Returns whether it is mapped
-    /// now. May sleep.
+    /// Has KVM map pages that are `distance` and more after the fault's, looked up after `since`, as it does itself once it has the
+    /// page of a fault (kvm_tdp_mmu_page_fault()). Gives up, also when somebody waits for the lock. Returns how many are mapped now.
+    /// May sleep.
     ///
-    /// # Safety
-    ///
-    /// In the handler of kvm_tdp_page_fault() that the fault is of, and the page is in the same slot.
-    pub(crate) unsafe fn ask_for(&self, vcpu: Vcpu, distance: u64) -> bool {
-        let mut fault = bindings::kvm_page_fault {
-            addr: self.0.addr.wrapping_add(distance << 12),
-            gfn: self.0.gfn.wrapping_add(distance),
-            prefetch: true,
-            ..self.0
+    /// They are in the fault's own last-level table, where KVM has just decided for a page of 4 KiB, so that is what they are.
+    pub(crate) fn map(&self, vcpu: Vcpu, distance: u64, pages: Pages, since: Moment) -> usize {
+        // For the tables, should somebody take this one away.
+        if !vcpu.refill_mmu_caches(false) {
+            return 0;
+        }
+        let lock = vcpu.share_mmu();
+        let rcu = rcu::read_lock();
+        let first = self.0.gfn.wrapping_add(distance);
+        let Some(table) = vcpu
+            .tdp_table(&rcu, self.0.gfn)
+            .filter(|_| !lock.has_invalidated(since))
+        else {
+            return 0;
         };
-        // SAFETY: As KVM's own kvm_tdp_page_prefault() calls it; the copy was taken before the function changed it.
-        let ret = unsafe { CallId::TDP_PAGE_FAULT.call([vcpu.key(), (&raw mut fault) as usize]) };
-        let mapped = [
-            bindings::MTK_RET_PF_FIXED as i32,
-            bindings::MTK_RET_PF_SPURIOUS as i32,
-        ];
-        ret.is_some_and(|r| mapped.contains(&(r as i32)))
+        pages.map_each(|n, page| {
+            let gfn = first.wrapping_add(n as u64);
+            if gfn / ENTRIES as u64 != self.0.gfn / ENTRIES as u64 || n != 0 && lock.is_contended()
+            {
+                return false;
+            }
+            let mut mapped = table.is_present(gfn);
+            if !mapped {
+                let mut fault = bindings::kvm_page_fault {
+                    addr: self
+                        .0
+                        .addr
+                        .wrapping_add((gfn.wrapping_sub(self.0.gfn)) << 12),
+                    gfn,
+                    prefetch: true,
+                    max_level: 1,
+                    pfn: page.frame(),
+                    map_writable: true,
+                    refcounted_page: core::ptr::null_mut(),
+                    ..self.0
+                };
+                let args = [vcpu.key(), (&raw mut fault) as usize];
+                // SAFETY: As kvm_tdp_mmu_page_fault() calls it, under the lock and after the same check for invalidations, with a page
+                // that is referenced. The copy was taken before the function changed it.
+                let ret = unsafe { CallId::TDP_MMU_MAP.call(args) };
+                let done = [
+                    bindings::MTK_RET_PF_FIXED as i32,
+                    bindings::MTK_RET_PF_SPURIOUS as i32,
+                ];
+                mapped = ret.is_some_and(|r| done.contains(&(r as i32)));
+            }
+            if mapped && super::runs_on_hypervisor() {
+                table.mark_accessed(gfn);
+            }
+            mapped
+        })
     }
 }
 
@@ -165,7 +151,10 @@ impl Vcpu {
         }
         let sp = shadow_page(root);
         // SAFETY: `root_to_sp()`; a root that is in use stays. The page of zeroes has none.
-        if !unsafe { sp.as_ref() }.is_some_and(|sp| sp.tdp_mmu_page) {
+        let sp = unsafe { sp.as_ref() }.filter(|sp| sp.tdp_mmu_page)?;
+        // `is_obsolete_sp()`.
+        // SAFETY: Plain data.
+        if unsafe { sp.role.__bindgen_anon_1 }.invalid() != 0 {
             return None;
         }
         let mut table = root;

@@ -17,7 +17,7 @@ use super::Path;
 use crate::{
     bindings,
     hook::{CallId, Continuation, HookId, InFlight, Verdict},
-    kvm::{self, tdp::Fault, Vcpu},
+    kvm::{host_pages::BATCH, tdp::Fault, Vcpu},
     policy::{
         ahead::{Ahead, MOST},
         knob,
@@ -27,7 +27,7 @@ use crate::{
     sysfs::Attribute,
 };
 use core::sync::atomic::{AtomicBool, AtomicU16, Ordering};
-use kernel::{c_str, prelude::*, sync::rcu};
+use kernel::{c_str, prelude::*};
 
 /// This path's number in `PATHS`.
 const NUMBER: usize = 5;
@@ -40,7 +40,11 @@ pub(super) const PATH: Path = Path {
     hooks: &[HookId::TDP_PAGE_FAULT],
     guest_hooks: &[],
     extra_hooks: &[],
-    calls: &[CallId::TDP_PAGE_FAULT],
+    calls: &[
+        CallId::TDP_MMU_MAP,
+        CallId::TOPUP_MMU_CACHES,
+        CallId::RELEASE_DIRTY,
+    ],
     drain: None,
     drain_hooks: &[],
     knobs: &FILES,
@@ -176,25 +180,24 @@ extern "C" fn mtk_on_tdp_page_fault(
             // The end of the table.
             return;
         }
-        let backed = fault.backed(usize::from(wanted)) as u16;
-        let more = (wanted - backed.min(wanted)).min(POPULATE.load(Ordering::Relaxed));
-        let mut mapped = 0;
-        if backed == 0 && more == 0 {
-            counters.fall_back(Reason::NotBacked as usize);
-            memory.ahead.missed();
-        } else if mode == Mode::Check {
+        if mode == Mode::Check {
+            let backed = backed(&fault, wanted);
             memory.expected = (page.wrapping_add(1), backed);
-        } else {
-            let mut count = backed;
-            if more != 0 {
-                count = fault.populate(usize::from(backed), usize::from(more)) as u16;
+            if backed == 0 {
+                counters.fall_back(Reason::NotBacked as usize);
+                memory.ahead.missed();
             }
-            mapped = map(vcpu, &fault, count);
-            if mapped != 0 {
-                counters.taken.bump();
-            }
-            if mapped < count {
-                counters.fall_back(Reason::Refused as usize);
+            memory.ahead.stopped(page, 0);
+            return;
+        }
+        let (mapped, reason) = map(vcpu, &fault, wanted);
+        if mapped != 0 {
+            counters.taken.bump();
+        }
+        if let Some(reason) = reason {
+            counters.fall_back(reason as usize);
+            if mapped == 0 && matches!(reason, Reason::NotBacked) {
+                memory.ahead.missed();
             }
         }
         memory.ahead.stopped(page, mapped);
@@ -202,26 +205,48 @@ extern "C" fn mtk_on_tdp_page_fault(
     Verdict::handled(value)
 }
 
-/// Has KVM map `count` pages after the fault's. Returns how many there are now. May sleep.
-fn map(vcpu: Vcpu, fault: &Fault, count: u16) -> u16 {
-    let mut mapped = 0;
-    for distance in 1..=u64::from(count) {
-        let present = vcpu
-            .tdp_table(&rcu::read_lock(), fault.page())
-            .is_some_and(|table| table.is_present(fault.page() + distance));
-        // SAFETY: In the fault's handler; `Fault::backed` has seen to the slot.
-        if !present && !unsafe { fault.ask_for(vcpu, distance) } {
+/// How many of `wanted` pages after the fault's the host has, from the first on.
+fn backed(fault: &Fault, wanted: u16) -> u16 {
+    let (wanted, mut backed) = (usize::from(wanted), 0);
+    while backed < wanted {
+        let ask = (wanted - backed).min(BATCH);
+        let found = fault.look_up(1 + backed as u64, ask).count();
+        backed += found;
+        if found < ask {
             break;
         }
-        mapped += 1;
     }
-    if kvm::runs_on_hypervisor() {
-        let rcu = rcu::read_lock();
-        if let Some(table) = vcpu.tdp_table(&rcu, fault.page()) {
-            (1..=u64::from(mapped)).for_each(|n| table.mark_accessed(fault.page() + n));
+    backed as u16
+}
+
+/// Has KVM map `wanted` pages after the fault's, as many as the host has and the knob allows to populate. Returns how many there are
+/// now, and why there are not more. May sleep.
+fn map(vcpu: Vcpu, fault: &Fault, wanted: u16) -> (u16, Option<Reason>) {
+    if !vcpu.is_of_default_vm() {
+        return (0, Some(Reason::Unusual));
+    }
+    let (wanted, mut mapped) = (usize::from(wanted), 0);
+    let mut budget = usize::from(POPULATE.load(Ordering::Relaxed));
+    while mapped < wanted {
+        let (next, ask) = (1 + mapped as u64, (wanted - mapped).min(BATCH));
+        let now = vcpu.now();
+        let mut pages = fault.look_up(next, ask);
+        if pages.count() == 0 && budget != 0 {
+            pages = fault.populate(next, ask.min(budget));
+            budget -= pages.count();
+        }
+        let found = pages.count();
+        let done = fault.map(vcpu, next, pages, now);
+        mapped += done;
+        if done < found {
+            return (mapped as u16, Some(Reason::Refused));
+        }
+        if found == 0 || found < ask && budget == 0 {
+            let none = mapped == 0;
+            return (mapped as u16, none.then_some(Reason::NotBacked));
         }
     }
-    mapped
+    (mapped as u16, None)
 }
 
 static REPORTED: AtomicBool = AtomicBool::new(false);

@@ -70,3 +70,11 @@ pub fn page(entry: u64, reserved: u64, granted: u64, rights: &Rights) -> Option<
         access,
     })
 }
+
+/// Whether `entry` is as `before`, of which `page` has said something, but for the next frame: then it gives the next page, with the
+/// same rights.
+#[inline(always)]
+pub fn follows(before: u64, entry: u64, reserved: u64) -> bool {
+    // No carry out of the address.
+    entry == before.wrapping_add(1 << 12) && entry & ADDRESS != 0 && entry & ADDRESS & reserved == 0
+}

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! `policy::ept` against the rules of SDM volume 3, 30.3 and of KVM's prefetching, spelt out another way.
 
-use policy::ept::{page, Page, Rights};
+use policy::ept::{follows, page, Page, Rights};
 use proptest::prelude::*;
 
 const RIGHTS: Rights = Rights {
@@ -66,5 +66,22 @@ proptest! {
         let ignored = 0xfff0_0000_0000_0880 | (1 << 6);
         let other = (entry & !ignored) | (noise & ignored);
         prop_assert_eq!(page(entry, RESERVED, ALL, &RIGHTS), page(other, RESERVED, ALL, &RIGHTS));
+    }
+
+    /// An entry that follows gives the next page, and nothing but what `page` says.
+    #[test]
+    fn what_follows_needs_no_look(entry: u64, plain: bool, edge: bool, reserved: bool, granted in 0u64..16) {
+        let reserved = if reserved { RESERVED } else { 0 };
+        let mut entry = if plain { entry & 0x3f_ffff_f000 | 0x337 } else { entry };
+        if edge {
+            entry |= 0x0000_3fff_ffff_f000 | (entry & 1) * 0x000f_c000_0000_0000;
+        }
+        let next = entry.wrapping_add(0x1000);
+        let (first, second) = (page(entry, reserved, granted, &RIGHTS), page(next, reserved, granted, &RIGHTS));
+        if let (Some(first), true) = (first, follows(entry, next, reserved)) {
+            prop_assert_eq!(second, Some(Page { gfn: first.gfn + 1, ..first }));
+        }
+        prop_assert!(plain <= (edge || follows(entry, next, reserved)));
+        prop_assert!(!follows(entry, next ^ 1 << 8, reserved) && !follows(entry, entry, reserved));
     }
 }

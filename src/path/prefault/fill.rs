@@ -7,6 +7,7 @@ use crate::{
     kvm::{
         self,
         ept02::{Leaf, MmuLock, Translation, ENTRIES, PREFETCH},
+        host_pages::BATCH,
         Vcpu,
     },
     path::{CounterSet, Counters},
@@ -70,13 +71,16 @@ impl Run {
     #[inline(always)]
     fn is_followed_by(&self, index: usize, page: Page) -> bool {
         let gfn = self.to.gfn.wrapping_add(self.count as u64);
-        self.count < PREFETCH && index == self.at + self.count && page == Page { gfn, ..self.to }
+        self.count < BATCH && index == self.at + self.count && page == Page { gfn, ..self.to }
     }
 
     /// Has KVM map the run, under the lock. Leaves out pages that the host does not have.
-    fn fill(mut self, vcpu: Vcpu, leaf: &Leaf<'_>, out: &mut Outcome) {
+    fn fill(mut self, vcpu: Vcpu, lock: &MmuLock, leaf: &Leaf<'_>, out: &mut Outcome) {
         while self.count != 0 && out.reason.is_none() {
-            if vcpu.spare_rmap_entries() < self.count {
+            // Who waits has a fault of its own; stock holds the lock for as many, too.
+            let most = if lock.is_contended() { PREFETCH } else { BATCH };
+            let ask = self.count.min(vcpu.spare_rmap_entries()).min(most);
+            if ask == 0 {
                 out.reason = Some(Reason::NoMemory);
                 return;
             }
@@ -84,27 +88,28 @@ impl Run {
                 gfn: self.to.gfn,
                 access: self.to.access,
             };
-            leaf.prefetch(self.at, self.count, to);
-            let range = self.at..self.at + self.count;
-            let done = range.clone().take_while(|&i| leaf.is_present(i)).count();
+            let done = leaf.map(self.at, ask, to);
+            let range = self.at..self.at + done;
             out.filled += done;
             if kvm::runs_on_hypervisor() {
-                (range.start..range.start + done).for_each(|i| leaf.mark_accessed(i));
+                range.clone().for_each(|i| leaf.mark_accessed(i));
             }
-            out.hit |= out
-                .aim
-                .is_some_and(|aim| (range.start..range.start + done).contains(&aim));
-            if done == self.count {
-                return;
+            out.hit |= out.aim.is_some_and(|aim| range.contains(&aim));
+            let mut past = done;
+            if done < ask {
+                // Past the page that the host does not have.
+                past += 1;
+                out.missed += 1;
+                if out.missed >= PATIENCE {
+                    out.reason = Some(Reason::NotBacked);
+                }
             }
-            out.missed += 1;
-            if out.missed >= PATIENCE {
-                out.reason = Some(Reason::NotBacked);
+            if lock.is_contended() {
+                out.reason = Some(Reason::Busy);
             }
-            // Past the page that the host does not have.
-            self.at += done + 1;
-            self.count -= done + 1;
-            self.to.gfn = self.to.gfn.wrapping_add(done as u64 + 1);
+            self.at += past;
+            self.count -= past;
+            self.to.gfn = self.to.gfn.wrapping_add(past as u64);
         }
     }
 }
@@ -135,8 +140,18 @@ fn fill_chunk(vcpu: Vcpu, gpa: u64, range: Range<usize>, out: &mut Outcome) {
         return;
     };
     let (granted, reserved) = (leaf.granted(), vcpu.reserved_gpa_bits());
-    let pages = (range.zip(entries))
-        .map(|(index, &entry)| (index, ept::page(entry, reserved, granted, &RIGHTS)));
+    let mut last: Option<(u64, Page)> = None;
+    let pages = range.zip(entries).map(|(index, &entry)| {
+        let page = match last {
+            Some((before, page)) if ept::follows(before, entry, reserved) => {
+                let gfn = page.gfn.wrapping_add(1);
+                Some(Page { gfn, ..page })
+            }
+            _ => ept::page(entry, reserved, granted, &RIGHTS),
+        };
+        last = page.map(|page| (entry, page));
+        (index, page)
+    });
     fill_pages(vcpu, &lock, &leaf, pages, out);
 }
 
@@ -168,10 +183,8 @@ fn fill_pages(
                     to,
                 };
                 if let Some(full) = run.replace(new) {
-                    full.fill(vcpu, leaf, out);
-                    // Who waits has a fault of its own; stock holds the lock for one such run, too.
-                    if lock.is_contended() {
-                        out.reason = Some(Reason::Busy);
+                    full.fill(vcpu, lock, leaf, out);
+                    if out.reason.is_some() {
                         return;
                     }
                 }
@@ -179,7 +192,7 @@ fn fill_pages(
         }
     }
     if let Some(last) = run {
-        last.fill(vcpu, leaf, out);
+        last.fill(vcpu, lock, leaf, out);
     }
 }
 
@@ -202,7 +215,7 @@ fn fill(vcpu: Vcpu, block: &Block, page: u64, aims: bool) -> Outcome {
             return false;
         }
         // Stock makes sure of as many before each fault; a chunk may need more than are left.
-        if vcpu.spare_rmap_entries() < range.len() && !vcpu.refill_mmu_caches() {
+        if vcpu.spare_rmap_entries() < range.len() && !vcpu.refill_mmu_caches(true) {
             out.reason = Some(Reason::NoMemory);
         } else {
             out.mapped = 0;

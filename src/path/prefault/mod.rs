@@ -47,7 +47,9 @@ pub(super) const PATH: Path = Path {
     calls: &[
         CallId::READ_GUEST_ATOMIC,
         CallId::TOPUP_MMU_CACHES,
+        CallId::GFN_TO_MEMSLOT,
         CallId::PREFETCH_SPTES,
+        CallId::RELEASE_DIRTY,
         CallId::VM_GFN_TO_MEMSLOT,
     ],
     drain: None,
