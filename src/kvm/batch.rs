@@ -31,7 +31,7 @@ impl Leaf<'_> {
         };
         // gfn_to_memslot_dirty_bitmap() and kvm_prefetch_pages().
         let mut unfit = bindings::MTK_MEMSLOT_INVALID as u32 | bindings::KVM_MEM_READONLY;
-        if to.access & bindings::MTK_ACC_WRITE as u64 != 0 {
+        if to.access & u64::from(bindings::MTK_ACC_WRITE) != 0 {
             unfit |= bindings::KVM_MEM_LOG_DIRTY_PAGES;
         }
         let Some(slot) = slot.filter(|slot| slot.flags & unfit == 0) else {

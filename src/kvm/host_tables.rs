@@ -129,10 +129,11 @@ impl Frames {
         for (index, frame) in range.zip(&mut self.frames) {
             // SAFETY: By this function's contract.
             let entry = unsafe { entry(table, index) };
+            if entry & (NEEDED | UNFIT) != NEEDED {
+                break;
+            }
             // SAFETY: A page that is present and not special has a `struct page`.
-            if entry & (NEEDED | UNFIT) != NEEDED
-                || !unsafe { is_plain(entry >> 12 & ADDRESS >> 12) }
-            {
+            if !unsafe { is_plain((entry & ADDRESS) >> 12) } {
                 break;
             }
             frame.write((entry & ADDRESS) >> 12);

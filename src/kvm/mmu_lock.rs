@@ -18,7 +18,7 @@ impl Vcpu {
         let seq = unsafe { (&raw const (*kvm).mmu_invalidate_seq).read_volatile() };
         // As in kvm_mmu_faultin_pfn(): the look-up comes after.
         fence(Ordering::Acquire);
-        Moment(seq as usize)
+        Moment(seq)
     }
 
     /// Takes the lock for reading.
@@ -49,7 +49,7 @@ impl SharedMmu {
                 return true;
             }
             fence(Ordering::Acquire);
-            (&raw const (*self.0).mmu_invalidate_seq).read_volatile() as usize != since.0
+            (&raw const (*self.0).mmu_invalidate_seq).read_volatile() != since.0
         }
     }
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Entering L2: which L2 is plain, and the merged controls bit by bit, written out another way.
 
+#![allow(clippy::precedence, reason = "as the kernel's own lints do")]
+
 use policy::entry::{read_shadow, Controls, Inputs};
 use proptest::prelude::*;
 
@@ -50,17 +52,19 @@ fn inputs() -> impl Strategy<Value = Inputs> {
         mostly(LONG_MODE, 0),
     )
         .prop_map(
-            |(wanted, msr_count, cr0, cr4, efer, rflags, dr7, tsc_multiplier, timer, l1_efer)| Inputs {
-                wanted,
-                msr_count,
-                cr0,
-                cr4,
-                efer,
-                rflags,
-                dr7,
-                tsc_multiplier,
-                timer,
-                l1_efer,
+            |(wanted, msr_count, cr0, cr4, efer, rflags, dr7, tsc_multiplier, timer, l1_efer)| {
+                Inputs {
+                    wanted,
+                    msr_count,
+                    cr0,
+                    cr4,
+                    efer,
+                    rflags,
+                    dr7,
+                    tsc_multiplier,
+                    timer,
+                    l1_efer,
+                }
             },
         )
 }

@@ -22,7 +22,12 @@ impl Model {
             assert_eq!(spare.add(vpid + 3), usize::from(vpid) < MOST);
         }
         assert!(!spare.add(0));
-        Self { spare, used: [1, 2], tlb, flushes: 0 }
+        Self {
+            spare,
+            used: [1, 2],
+            tlb,
+            flushes: 0,
+        }
     }
 
     fn run(&mut self, which: usize) {
