@@ -129,7 +129,7 @@ impl Vcpu {
         read!(self, vcpu.arch.host_debugctl) & u64::from(bindings::MTK_HOST_OWNED_DEBUGCTL) != 0
     }
 
-    /// Lets L1's reads of IA32_DEBUGCTL pass, or has them exit as on stock, L2's as well. Returns whether they pass: not if the
+    /// Lets L1's reads of IA32_DEBUGCTL pass, or has them exit as on stock. Returns whether they pass: not if the
     /// VMM's filter of MSRs is against it.
     ///
     /// # Safety
@@ -143,11 +143,6 @@ impl Vcpu {
         let args = [self.key(), msr, MSR_TYPE_R, usize::from(!pass)];
         // SAFETY: By this function's contract; KVM calls it so for other MSRs.
         let called = unsafe { CallId::SET_INTERCEPT.call(args) }.is_some();
-        let of_l2 = read!(self, nested.vmcs02.msr_bitmap).cast::<u64>();
-        if !pass && !of_l2.is_null() {
-            // SAFETY: As below. KVM's own bitmap has the bit set at all times, and the next entry may clear it again.
-            unsafe { *of_l2.add(WORD) |= BIT };
-        }
         let bitmap = read!(self, vmcs01.msr_bitmap).cast::<u64>();
         called
             && pass

@@ -4,9 +4,6 @@
 //! As `nested_vmx_prepare_msr_bitmap()`: for a few MSRs an access passes if both L1 and KVM, which has vmcs01's bitmap
 //! for it, let it; for three registers of the local APIC, and all reads of its registers, L1's word is enough where
 //! the processor virtualizes them. Every other access exits, which is right for any MSR: KVM then asks L1's bitmap.
-//!
-//! There is one more than KVM has, reads of IA32_DEBUGCTL: on vmcs01's bitmap they pass only while `path::nested_switch::debugctl`
-//! lets them.
 
 /// 64-bit words of a bitmap: reads of MSRs from 0, reads of those from 0xc0000000, and writes of either.
 pub const WORDS: usize = 512;
@@ -17,7 +14,7 @@ const READ: u8 = 1;
 const WRITE: u8 = 2;
 
 /// The MSRs for which L1's bitmap and vmcs01's decide together.
-const MSRS: [(u32, u8); 15] = [
+const MSRS: [(u32, u8); 14] = [
     // IA32_FS_BASE, IA32_GS_BASE, IA32_KERNEL_GS_BASE.
     (0xc000_0100, READ | WRITE),
     (0xc000_0101, READ | WRITE),
@@ -29,8 +26,6 @@ const MSRS: [(u32, u8); 15] = [
     // IA32_MPERF, IA32_APERF.
     (0xe7, READ),
     (0xe8, READ),
-    // IA32_DEBUGCTL.
-    (0x1d9, READ),
     // IA32_U_CET, IA32_S_CET, IA32_PL0_SSP to IA32_PL3_SSP.
     (0x6a0, READ | WRITE),
     (0x6a2, READ | WRITE),
@@ -52,7 +47,7 @@ pub struct Merged {
 const NONE: Merged = Merged { index: 0, mask: 0 };
 
 /// How many words have such bits.
-pub const MERGED_WORDS: usize = 9;
+pub const MERGED_WORDS: usize = 8;
 
 /// The words with bits that are merged.
 pub const MERGED: [Merged; MERGED_WORDS] = merged();

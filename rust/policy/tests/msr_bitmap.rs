@@ -20,9 +20,8 @@ fn set(map: &mut [u64], bit: usize, value: bool) {
     map[bit / 64] = (map[bit / 64] & !(1 << (bit % 64))) | (u64::from(value) << (bit % 64));
 }
 
-/// (MSR, reads, writes) in the kernel's order, and reads of IA32_DEBUGCTL, which the kernel leaves alone: they exit in vmcs01's
-/// bitmap, too, unless the module lets them pass.
-const KVM: [(u32, bool, bool); 15] = [
+/// (MSR, reads, writes) in the kernel's order.
+const KVM: [(u32, bool, bool); 14] = [
     (0xc000_0100, true, true),
     (0xc000_0101, true, true),
     (0xc000_0102, true, true),
@@ -37,7 +36,6 @@ const KVM: [(u32, bool, bool); 15] = [
     (0x0000_06a5, true, true),
     (0x0000_06a6, true, true),
     (0x0000_06a7, true, true),
-    (0x0000_01d9, true, false),
 ];
 
 /// What the kernel makes of vmcs02's bitmap.

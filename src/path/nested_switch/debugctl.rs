@@ -5,9 +5,6 @@
 //! bits that are the host's (`VMX_HOST_OWNED_DEBUGCTL_BITS`). Where these are clear, and L1 has not written the register
 //! since it was loaded with 0 at an exit of L2, a read gives 0 either way, and is let through. Writes exit as ever.
 //!
-//! With it pass reads of an L2 whose L1 lets them (`policy::msr_bitmap`). While L2 runs the register is what vmcs02 says, which is loaded on each entry and saved on each
-//! exit, and KVM would give L2 that without the host's bits.
-//!
 //! It is closed again before the next entry when the host sets one of its bits, before L1 or the VMM writes the
 //! register, and when the VMM changes its filter of MSRs, which is asked again before the next time.
 

@@ -380,10 +380,6 @@ fn get_slowly(
     reason: Reason,
 ) -> Verdict {
     let checking = mode(HOOK) == Mode::Check;
-    if checking {
-        // What passes on vmcs01's bitmap from before is no business of stock's.
-        super::debugctl::withdraw(vcpu);
-    }
     let stamp = vcpu.memory_stamp();
     state::with(vcpu, |local, counters| {
         let memory = &mut local.nested_switch.pages;
