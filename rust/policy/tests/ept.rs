@@ -74,7 +74,7 @@ proptest! {
         let reserved = if reserved { RESERVED } else { 0 };
         let mut entry = if plain { entry & 0x3f_ffff_f000 | 0x337 } else { entry };
         if edge {
-            entry |= 0x0000_3fff_ffff_f000 | (entry & 1) * 0x000f_c000_0000_0000;
+            entry |= 0x0000_3fff_ffff_f000 | ((entry & 1) * 0x000f_c000_0000_0000);
         }
         let next = entry.wrapping_add(0x1000);
         let (first, second) = (page(entry, reserved, granted, &RIGHTS), page(next, reserved, granted, &RIGHTS));
@@ -82,6 +82,6 @@ proptest! {
             prop_assert_eq!(second, Some(Page { gfn: first.gfn + 1, ..first }));
         }
         prop_assert!(plain <= (edge || follows(entry, next, reserved)));
-        prop_assert!(!follows(entry, next ^ 1 << 8, reserved) && !follows(entry, entry, reserved));
+        prop_assert!(!follows(entry, next ^ (1 << 8), reserved) && !follows(entry, entry, reserved));
     }
 }
