@@ -418,8 +418,20 @@ impl Learner {
     }
 
     /// L1 has entered its guest and come back. `true` if fields have just left, for a trial.
+    #[inline]
     pub fn switched(&mut self) -> bool {
         self.now = self.now.wrapping_add(1);
+        if self.wait > 1 && self.group.wait > 1 {
+            self.wait -= 1;
+            self.group.wait -= 1;
+            return false;
+        }
+        self.switched_with_more()
+    }
+
+    /// As `switched`, where a trial or a window may end.
+    #[inline(never)]
+    fn switched_with_more(&mut self) -> bool {
         let group = self.switched_group();
         self.wait = self.wait.saturating_sub(1);
         if self.wait != 0 {
