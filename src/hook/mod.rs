@@ -296,6 +296,12 @@ impl Verdict {
         value: 0,
     };
 
+    /// Whether the stock function does not run.
+    #[inline(always)]
+    pub(crate) const fn is_handled(self) -> bool {
+        self.handled != 0
+    }
+
     /// Whether the caller gets 0 from the handler.
     #[inline(always)]
     pub(crate) const fn is_zero(self) -> bool {

@@ -12,6 +12,9 @@ pub(crate) enum Class {
     Plain,
     /// As `Plain`, but what vmcs02 gets does not depend on it.
     Aside,
+    /// As `Plain`: a control that KVM changes while L2 runs or when it exits (prepare_vmcs12(), sync_vmcs02_to_vmcs12(),
+    /// nested_vmx_eptp_switching()), as it does no other.
+    Returned,
     /// Guest state that KVM leaves in vmcs02 until L1 asks (`is_vmcs12_ext_field()`). It may be
     /// shadowed if it is fetched on each exit of L2, which only frequent use pays for.
     Late,
@@ -64,11 +67,28 @@ impl Field {
         }
     }
 
+    /// Whether vmcs12 may have another value when L2 has exited than it had when L2 was entered: guest state and
+    /// information about the exit (encoding bits 11:10), and a few controls. KVM leaves the others, and all of host state,
+    /// as L1 wrote them.
+    pub(crate) const fn returns_from_l2(&self) -> bool {
+        matches!(self.encoding >> 10 & 3, 1 | 2) || matches!(self.class, Class::Returned)
+    }
+
+    /// Whether it belongs to the guest's segments and descriptor tables and KVM leaves it in vmcs02. L1 uses all of these, or none: one
+    /// that is a KVM writes them whenever its guest's guest exits to it (load_vmcs12_host_state()).
+    pub(crate) const fn is_segment(&self) -> bool {
+        self.class.is_late()
+            && !matches!(self.encoding, GUEST_BNDCFGS | GUEST_PENDING_DBG_EXCEPTIONS)
+    }
+
     /// Whether the field has a second encoding for its high half.
     pub(crate) const fn has_high(&self) -> bool {
         self.encoding >> 13 & 3 == 1
     }
 }
+
+const GUEST_BNDCFGS: u16 = 0x2812;
+const GUEST_PENDING_DBG_EXCEPTIONS: u16 = 0x6822;
 
 /// Number of a field: its place in [`FIELDS`].
 pub(crate) type Number = u8;
@@ -82,6 +102,20 @@ macro_rules! fields {
             class: Class::$class,
             name: stringify!($name),
         }),*];
+
+        /// Calls `f` with each field that sync_vmcs02_to_vmcs12_rare() fetches: those that KVM leaves in vmcs02, but for GUEST_BNDCFGS,
+        /// which it takes for one of them and keeps in vmcs12 all the time.
+        #[inline(always)]
+        pub(crate) fn for_each_late(mut f: impl FnMut(&Field)) {
+            $(if const { Class::$class.is_late() && $encoding != GUEST_BNDCFGS } {
+                f(&Field {
+                    encoding: $encoding,
+                    offset: offset_of!(bindings::vmcs12, $name) as u16,
+                    class: Class::$class,
+                    name: stringify!($name),
+                });
+            })*
+        }
     };
 }
 
@@ -117,7 +151,7 @@ fields! {
     0x2014 apic_access_addr Plain;
     0x2016 posted_intr_desc_addr Plain;
     0x2018 vm_function_control Plain;
-    0x201a ept_pointer Plain;
+    0x201a ept_pointer Returned;
     0x201c eoi_exit_bitmap0 Plain;
     0x201e eoi_exit_bitmap1 Plain;
     0x2020 eoi_exit_bitmap2 Plain;
@@ -151,9 +185,9 @@ fields! {
     0x400c vm_exit_controls Plain;
     0x400e vm_exit_msr_store_count Plain;
     0x4010 vm_exit_msr_load_count Plain;
-    0x4012 vm_entry_controls Plain;
+    0x4012 vm_entry_controls Returned;
     0x4014 vm_entry_msr_load_count Plain;
-    0x4016 vm_entry_intr_info_field Plain;
+    0x4016 vm_entry_intr_info_field Returned;
     0x4018 vm_entry_exception_error_code Plain;
     0x401a vm_entry_instruction_len Plain;
     0x401c tpr_threshold Plain;

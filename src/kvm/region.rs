@@ -91,6 +91,27 @@ impl Shadow for Current {
     }
 }
 
+/// The current VMCS as well, without asking whether each access worked: the processor has all fields that are used.
+#[derive(Clone, Copy)]
+pub(crate) struct Present;
+
+impl Shadow for Present {
+    #[inline(always)]
+    unsafe fn read<W: Width>(self, encoding: u16, _offset: u16) -> Option<W> {
+        // SAFETY: As the type says.
+        Some(W::from_u64(unsafe {
+            vmx::vmread_present(u64::from(encoding))
+        }))
+    }
+
+    #[inline(always)]
+    unsafe fn write<W: Width>(self, encoding: u16, _offset: u16, value: W) -> bool {
+        // SAFETY: As the type says.
+        unsafe { vmx::vmwrite_basic(u64::from(encoding), value.into_u64()) };
+        true
+    }
+}
+
 /// A region that holds a VMCS as the processor keeps it. All its fields that are used were proved.
 #[derive(Clone, Copy)]
 pub(crate) struct Region(*mut bindings::vmcs);

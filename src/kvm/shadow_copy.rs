@@ -15,6 +15,9 @@ use kernel::uaccess::{UserPtr, UserSlice};
 
 /// How much is copied: all that KVM keeps.
 pub(crate) const LEN: usize = bindings::MTK_VMCS12_SIZE as usize;
+/// No field ends behind this offset.
+pub(crate) const FIELDS_END: u16 =
+    core::mem::size_of::<bindings::vmcs12>().next_multiple_of(8) as u16;
 const _: () = assert!(LEN == PAGE && core::mem::size_of::<bindings::vmcs12>() <= LEN);
 
 /// The address of the vCPU whose `nested.shadow_vmcs12_cache` this is, if it is one: only arithmetic, which says nothing
@@ -79,6 +82,28 @@ impl Vcpu {
         UserSlice::new(to, changed.len())
             .writer()
             .write_slice(changed)
+            .is_ok()
+    }
+
+    /// Reads these bytes of the copy from the page. `false` if the stock code has to read all of it; some may have been read
+    /// then. May sleep.
+    ///
+    /// # Safety
+    ///
+    /// In the handler of kvm_read_guest_cached() for this vCPU's copy, as for `write_shadow_page`.
+    pub(crate) unsafe fn read_shadow_page(self, bytes: Range<usize>) -> bool {
+        let (Some(copy), Some(host)) = (self.shadow_vmcs12(), self.shadow_page_host()) else {
+            return false;
+        };
+        // SAFETY: KVM's copy is as long as that, and this thread alone reads and writes it.
+        let copy = unsafe { core::slice::from_raw_parts_mut(copy, LEN) };
+        let from = UserPtr::from_addr(host.wrapping_add(bytes.start));
+        let Some(stale) = copy.get_mut(bytes) else {
+            return false;
+        };
+        UserSlice::new(from, stale.len())
+            .reader()
+            .read_slice(stale)
             .is_ok()
     }
 

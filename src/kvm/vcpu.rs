@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! KVM's vCPU, as a handler on its own thread sees it.
 
-use super::{vmx, Vmcs12};
+use super::{fields::for_each_late, vmx, Vmcs12};
 use crate::{
     bindings,
     hook::CallId,
@@ -151,6 +151,14 @@ impl Vcpu {
         full as u16
     }
 
+    /// Whether the last exit was a VMLAUNCH or VMRESUME.
+    #[inline(always)]
+    pub(crate) fn enters_l2(self) -> bool {
+        const VMLAUNCH: u16 = 20;
+        const VMRESUME: u16 = 24;
+        matches!(self.exit_reason(), VMLAUNCH | VMRESUME)
+    }
+
     /// The vCPU's cached vmcs12; `None` while L1 is not in VMX operation.
     #[inline(always)]
     pub(crate) fn vmcs12(self) -> Option<Vmcs12> {
@@ -239,6 +247,58 @@ impl Vcpu {
         };
         // SAFETY: By this function's contract.
         unsafe { self.with_vmcs02(call) }.flatten().is_some()
+    }
+
+    /// `fetch_late_fields` while vmcs02 is loaded; KVM still believes them to be there, see `have_late_fields`.
+    ///
+    /// # Safety
+    ///
+    /// vmcs02 is current, with preemption off or as in KVM's own code that reads it.
+    #[inline(always)]
+    pub(crate) unsafe fn read_late_fields(self, m: Vmcs12) {
+        let vmcs12 = m.as_ptr().cast_mut().cast::<u8>();
+        for_each_late(|field| {
+            // SAFETY: By this function's contract, of fields that every processor has.
+            let value = unsafe { vmx::vmread_basic(u64::from(field.encoding)) };
+            let at = vmcs12.wrapping_add(usize::from(field.offset));
+            // SAFETY: A field of KVM's vmcs12, which this thread alone reads and writes.
+            unsafe {
+                match field.width() {
+                    2 => at.cast::<u16>().write_unaligned(value as u16),
+                    4 => at.cast::<u32>().write_unaligned(value as u32),
+                    _ => at.cast::<u64>().write_unaligned(value),
+                }
+            }
+        });
+    }
+
+    /// Tells KVM that vmcs12 has what it left in vmcs02.
+    #[inline(always)]
+    pub(crate) fn have_late_fields(self) {
+        // SAFETY: By the invariants of `Vcpu`; this thread alone reads and writes it.
+        unsafe {
+            (&raw mut (*self.0).nested.need_sync_vmcs02_to_vmcs12_rare).write(false);
+        }
+    }
+
+    /// A number that stands for the values that vmcs12 has of them.
+    pub(crate) fn sum_of_late_fields(m: Vmcs12) -> u64 {
+        let (vmcs12, mut sum) = (m.as_ptr().cast::<u8>(), 0u64);
+        for_each_late(|field| {
+            let at = vmcs12.wrapping_add(usize::from(field.offset));
+            // SAFETY: As above.
+            let value = unsafe {
+                match field.width() {
+                    2 => u64::from(at.cast::<u16>().read_unaligned()),
+                    4 => u64::from(at.cast::<u32>().read_unaligned()),
+                    _ => at.cast::<u64>().read_unaligned(),
+                }
+            };
+            sum = (sum ^ value)
+                .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+                .rotate_left(23);
+        });
+        sum
     }
 
     /// Makes one of the vCPU's VMCSs current the way KVM does where it needs the other one for a

@@ -166,6 +166,26 @@ pub(crate) unsafe fn vmread_basic(field: u64) -> u64 {
     value
 }
 
+/// VMREAD of a field that was read or written before, without asking whether it worked.
+///
+/// # Safety
+///
+/// As for [`vmread`]; a VMCS is current that has the field.
+#[inline(always)]
+pub(crate) unsafe fn vmread_present(field: u64) -> u64 {
+    let value;
+    // SAFETY: By this function's contract VMREAD neither faults nor fails; it changes RFLAGS and `value`.
+    unsafe {
+        asm!(
+            "vmread {value}, {field}",
+            field = in(reg) field,
+            value = out(reg) value,
+            options(nostack, nomem),
+        );
+    }
+    value
+}
+
 /// VMWRITE of a field that this processor has, without asking whether it worked.
 ///
 /// # Safety

@@ -18,6 +18,8 @@ pub struct PageCopy<K> {
     first: u16,
     /// ... up to here; not after `first` if it has not.
     end: u16,
+    /// The page may have changed since up to here.
+    stale: u16,
     /// The guest below was entered with this copy, and has not exited since.
     entered: bool,
 }
@@ -35,6 +37,7 @@ impl<K: Copy + PartialEq> PageCopy<K> {
             same: None,
             first: u16::MAX,
             end: 0,
+            stale: 0,
             entered: false,
         }
     }
@@ -43,6 +46,13 @@ impl<K: Copy + PartialEq> PageCopy<K> {
     #[inline]
     pub fn forget(&mut self) {
         *self = Self::new();
+    }
+
+    /// The first `len` bytes of the page may have changed.
+    #[inline]
+    pub fn suspect(&mut self, len: u16) {
+        self.stale = self.stale.max(len);
+        self.entered = false;
     }
 
     /// Whether anything is known.
@@ -58,16 +68,19 @@ impl<K: Copy + PartialEq> PageCopy<K> {
         self.end = self.end.max(offset.saturating_add(len));
     }
 
-    /// The guest below is entered: whether the copy need not be made because it holds what the page holds.
+    /// The guest below is entered: the bytes that have to be read for the copy to hold what the page holds, maybe none.
+    /// `None` for all of them.
     #[inline]
-    pub fn is_same(&self, key: K) -> bool {
-        self.same == Some(key) && self.first >= self.end
+    pub fn to_read(&self, key: K) -> Option<Range<usize>> {
+        let known = self.same == Some(key) && self.first >= self.end;
+        known.then(|| 0..usize::from(self.stale))
     }
 
-    /// The guest below has been entered with the copy that there was, of which `is_same` was true.
+    /// The guest below has been entered with the copy that there was, of which the bytes that `to_read` gave were made anew.
     #[inline]
     pub fn enter(&mut self) {
         self.entered = true;
+        self.stale = 0;
     }
 
     /// The guest below has been entered with a copy that was made with this key.

@@ -3,12 +3,12 @@
 
 use super::{
     extension::Extension,
-    lists::{for_each_width, Entry},
+    lists::{for_each_width, Entry, Part},
 };
 use crate::{
     kvm::{
-        fields::{Number, FIELDS},
-        region::{Shadow, Width},
+        fields::{for_each_late, Number, FIELDS},
+        region::{Current, Shadow, Width},
     },
     path::Counters,
     policy::set::Set,
@@ -19,90 +19,229 @@ use kernel::prelude::*;
 /// What a copy out of a shadow VMCS has found of the learned fields.
 #[derive(Default)]
 pub(super) struct Found {
-    /// One that matters to vmcs02 has another value.
-    pub(super) changed: bool,
+    /// Flags of those that have another value.
+    flags: u8,
     /// How many have another value.
     pub(super) saved: u64,
 }
 
+impl Found {
+    /// Whether one that matters to vmcs02 has another value.
+    pub(super) const fn changed(&self) -> bool {
+        self.flags & Entry::MATTERS != 0
+    }
+}
+
+/// What became of a copy to a shadow VMCS.
+#[derive(Default)]
+pub(super) struct Put {
+    /// A learned field that the processor does not have.
+    pub(super) refused: Option<Number>,
+    /// There was another.
+    pub(super) lacks_other: bool,
+}
+
 impl Extension {
-    /// Shadow VMCS to vmcs12. In mode `check` vmcs12 has what L1 writes to learned fields already, and what the shadow
-    /// VMCS has is compared; `written` are those that L1 wrote, which it lacks.
+    /// Shadow VMCS to vmcs12.
     ///
     /// # Safety
     ///
     /// What `from` asks for; `vmcs12` is one.
     #[inline(always)]
-    pub(super) unsafe fn copy_out<S: Shadow>(
-        &self,
-        from: S,
-        vmcs12: *mut u8,
-        checking: bool,
-        written: &Set,
-        count: &Counters,
-    ) -> Found {
+    pub(super) unsafe fn copy_out<S: Shadow>(&self, from: S, vmcs12: *mut u8) -> Found {
         let mut found = Found::default();
-        // SAFETY: By this function's contract; entries have offsets of fields of vmcs12 with their widths.
+        // SAFETY: By this function's contract; entries and the table have offsets of fields of vmcs12 with their widths.
         unsafe {
-            for_each_width!(self.stock_rw, |e: Word| {
-                if let Some(value) = from.read::<Word>(e.encoding, e.offset) {
-                    vmcs12
-                        .add(e.offset as usize)
-                        .cast::<Word>()
-                        .write_unaligned(value);
-                }
+            for_each_width!(self.fields, Part::Writable, |e: Word| {
+                take::<S, Word>(from, vmcs12, (e.encoding, e.offset), e.flags, &mut found);
             });
-            for_each_width!(self.learned, |e: Word| {
-                let at = vmcs12.add(e.offset as usize).cast::<Word>();
-                if let Some(value) = from.read::<Word>(e.encoding, e.offset) {
-                    let old = at.read_unaligned();
-                    if value != old {
-                        if !checking {
-                            found.saved += 1;
-                            found.changed |= e.matters;
-                            at.write_unaligned(value);
-                        } else if !written.has(e.number) {
-                            report(count, e, value.into_u64(), old.into_u64());
-                        }
+            if self.segments {
+                const FLAGS: u8 = Entry::LEARNED | Entry::MATTERS;
+                for_each_late(|f| {
+                    let place = (f.encoding, f.offset);
+                    match f.width() {
+                        _ if !f.is_segment() => {}
+                        2 => take::<S, u16>(from, vmcs12, place, FLAGS, &mut found),
+                        4 => take::<S, u32>(from, vmcs12, place, FLAGS, &mut found),
+                        _ => take::<S, u64>(from, vmcs12, place, FLAGS, &mut found),
                     }
-                }
-            });
+                });
+            }
         }
         found
     }
 
-    /// vmcs12 to shadow VMCS. Returns a learned field that the processor does not have.
+    /// The same by instructions, each of which may fail.
+    ///
+    /// # Safety
+    ///
+    /// As for `copy_out` from [`Current`].
+    #[cold]
+    #[inline(never)]
+    pub(super) unsafe fn copy_out_slowly(&self, vmcs12: *mut u8) -> Found {
+        // SAFETY: By this function's contract.
+        unsafe { self.copy_out(Current, vmcs12) }
+    }
+
+    /// `copy_in` by instructions, each of which may fail.
+    ///
+    /// # Safety
+    ///
+    /// As for `copy_in` to [`Current`].
+    #[cold]
+    #[inline(never)]
+    pub(super) unsafe fn copy_in_slowly(&self, vmcs12: *const u8, part: Part) -> Put {
+        // SAFETY: By this function's contract.
+        unsafe { self.copy_in(vmcs12, Current, part) }
+    }
+
+    /// As `copy_out` in mode `check`: vmcs12 has what L1 writes to learned fields already, and what the shadow VMCS has is compared;
+    /// `written` are those that L1 wrote, which it lacks.
+    ///
+    /// # Safety
+    ///
+    /// As for `copy_out`.
+    #[cold]
+    #[inline(never)]
+    pub(super) unsafe fn compare_out<S: Shadow>(
+        &self,
+        from: S,
+        vmcs12: *mut u8,
+        written: &Set,
+        count: &Counters,
+    ) {
+        // SAFETY: As in `copy_out`.
+        unsafe {
+            for_each_width!(self.fields, Part::Writable, |e: Word| {
+                let at = vmcs12.add(e.offset as usize).cast::<Word>();
+                let (found, old) = (from.read::<Word>(e.encoding, e.offset), at.read_unaligned());
+                match found.filter(|&value| value != old) {
+                    Some(value) if !e.is_learned() => at.write_unaligned(value),
+                    Some(value) if !written.has(e.number) => {
+                        report(count, e, value.into_u64(), old.into_u64());
+                    }
+                    _ => {}
+                }
+            });
+        }
+    }
+
+    /// vmcs12 to shadow VMCS, all fields or those that L2 may have changed.
     ///
     /// # Safety
     ///
     /// As for `copy_out`.
     #[inline(always)]
-    pub(super) unsafe fn copy_in<S: Shadow>(&self, vmcs12: *const u8, to: S) -> Option<Number> {
-        let mut refused = None;
+    pub(super) unsafe fn copy_in<S: Shadow>(&self, vmcs12: *const u8, to: S, part: Part) -> Put {
+        let mut put = Put::default();
         // SAFETY: As in `copy_out`.
         unsafe {
-            for_each_width!(self.stock_rw, |e: Word| {
-                let from = vmcs12.add(e.offset as usize).cast::<Word>();
-                to.write(e.encoding, e.offset, from.read_unaligned());
+            for_each_width!(self.fields, part, |e: Word| {
+                if !give::<S, Word>(vmcs12, to, (e.encoding, e.offset)) {
+                    if e.is_learned() {
+                        put.refused = Some(e.number);
+                    } else {
+                        put.lacks_other = true;
+                    }
+                }
             });
-            for_each_width!(self.stock_ro, |e: Word| {
-                let from = vmcs12.add(e.offset as usize).cast::<Word>();
-                to.write(e.encoding, e.offset, from.read_unaligned());
-            });
-            for_each_width!(self.learned, |e: Word| {
-                let from = vmcs12.add(e.offset as usize).cast::<Word>();
-                if !to.write(e.encoding, e.offset, from.read_unaligned()) {
-                    refused = Some(e.number);
+            if self.segments {
+                for_each_late(|f| {
+                    let place = (f.encoding, f.offset);
+                    let given = match f.width() {
+                        _ if !f.is_segment() => true,
+                        2 => give::<S, u16>(vmcs12, to, place),
+                        4 => give::<S, u32>(vmcs12, to, place),
+                        _ => give::<S, u64>(vmcs12, to, place),
+                    };
+                    // Every processor has them.
+                    put.lacks_other |= !given;
+                });
+            }
+        }
+        put
+    }
+
+    /// In mode `check`: whether the shadow VMCS has those fields as vmcs12 has them that `Part::Returned` leaves out, but
+    /// for those `written` by L1, which it lacks.
+    ///
+    /// # Safety
+    ///
+    /// As for `copy_out`.
+    #[cold]
+    #[inline(never)]
+    pub(super) unsafe fn compare_kept<S: Shadow>(
+        &self,
+        vmcs12: *const u8,
+        with: S,
+        written: &Set,
+        count: &Counters,
+    ) {
+        // SAFETY: As in `copy_out`.
+        unsafe {
+            for_each_width!(self.fields, Part::Kept, |e: Word| {
+                let at = vmcs12.add(e.offset as usize).cast::<Word>();
+                let (found, vmcs12) =
+                    (with.read::<Word>(e.encoding, e.offset), at.read_unaligned());
+                if let Some(found) = found.filter(|&f| f != vmcs12 && !written.has(e.number)) {
+                    report(count, e, found.into_u64(), vmcs12.into_u64());
                 }
             });
         }
-        refused
     }
 
     /// The fields that are copied.
     pub(super) fn copied(&self) -> impl Iterator<Item = Number> + Clone + '_ {
-        let stock = Iterator::chain(self.stock_rw.all(), self.stock_ro.all());
-        Iterator::chain(stock, self.learned.all()).map(|e| e.number)
+        let segments = (0..)
+            .zip(FIELDS)
+            .filter(|(_, f)| self.segments && f.is_segment());
+        let listed = self.fields.all().map(|e| e.number);
+        Iterator::chain(listed, segments.map(|(number, _)| number))
+    }
+}
+
+/// One field, given as encoding and offset, from a shadow VMCS to vmcs12.
+///
+/// # Safety
+///
+/// As for `Extension::copy_out`.
+#[inline(always)]
+unsafe fn take<S: Shadow, W: Width>(
+    from: S,
+    vmcs12: *mut u8,
+    (encoding, offset): (u16, u16),
+    flags: u8,
+    found: &mut Found,
+) {
+    // SAFETY: By this function's contract.
+    unsafe {
+        let at = vmcs12.add(usize::from(offset)).cast::<W>();
+        if let Some(value) = from.read::<W>(encoding, offset) {
+            if value != at.read_unaligned() {
+                let saved = u64::from(flags & Entry::LEARNED);
+                found.saved = found.saved.wrapping_add(saved);
+                found.flags |= flags;
+                at.write_unaligned(value);
+            }
+        }
+    }
+}
+
+/// The other way; `false` if the processor has no such field.
+///
+/// # Safety
+///
+/// As for `Extension::copy_in`.
+#[inline(always)]
+unsafe fn give<S: Shadow, W: Width>(
+    vmcs12: *const u8,
+    to: S,
+    (encoding, offset): (u16, u16),
+) -> bool {
+    // SAFETY: By this function's contract.
+    unsafe {
+        let from = vmcs12.add(usize::from(offset)).cast::<W>();
+        to.write(encoding, offset, from.read_unaligned())
     }
 }
 

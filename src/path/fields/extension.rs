@@ -2,7 +2,7 @@
 //! What an extended vCPU has: bitmaps of its own and the lists of what its shadow VMCS carries.
 
 use super::{
-    lists::{Bitmap, List},
+    lists::{Bitmap, List, Use},
     LEARNED, STOCK,
 };
 use crate::{
@@ -29,18 +29,19 @@ pub(super) struct Extension {
     pub(super) optional: Set,
     /// Those that are left out now.
     pub(super) left_out: Set,
-    /// Fields of the stock list that are in the shadow VMCS now, for writing too and for reading only.
-    pub(super) stock_rw: List<STOCK>,
-    pub(super) stock_ro: List<STOCK>,
-    /// Learned fields that are in the shadow VMCS now.
-    pub(super) learned: List<LEARNED>,
+    /// Fields that are in the shadow VMCS now.
+    pub(super) fields: List<{ STOCK + LEARNED }>,
+    /// So are all segments, [`Field::is_segment`](crate::kvm::fields::Field), which are not in the list then.
+    pub(super) segments: bool,
     /// One of the learned fields must be fetched from vmcs02.
     pub(super) late: bool,
     /// Whether the processor drops the reserved bits of access rights as KVM does; `None` before it
     /// was tried.
     pub(super) drops_reserved: Option<bool>,
-    /// The fields of all these lists can be read and written in the region of the shadow VMCS.
+    /// All these fields can be read and written in the region of the shadow VMCS.
     pub(super) in_region: bool,
+    /// The processor has all of them: each was written.
+    pub(super) present: bool,
     /// Taken to keep preemption off; never contended.
     #[pin]
     pub(super) quiet: SpinLock<()>,
@@ -97,12 +98,12 @@ impl Extension {
                 stock_vmwrite,
                 optional: Set::EMPTY,
                 left_out: Set::EMPTY,
-                stock_rw: List::EMPTY,
-                stock_ro: List::EMPTY,
-                learned: List::EMPTY,
+                fields: List::EMPTY,
+                segments: false,
                 late: false,
                 drops_reserved: None,
                 in_region: false,
+                present: false,
                 quiet <- new_spinlock!(()),
             }),
             GFP_KERNEL_ACCOUNT | __GFP_NOWARN,
@@ -113,16 +114,16 @@ impl Extension {
         for (number, field) in (0..).zip(FIELDS) {
             let bits = if field.has_high() { 2 } else { 1 };
             if !this.vmwrite.has(field) {
-                room &= this.stock_rw.push(number, field);
+                room &= this.fields.push(number, field, Use::Stock);
                 writes += bits;
             } else if !this.vmread.has(field) {
-                room &= this.stock_ro.push(number, field);
+                room &= this.fields.push(number, field, Use::StockRead);
             }
             if !this.vmread.has(field) {
                 reads += bits;
                 if matches!(
                     field.class,
-                    Class::Plain | Class::Aside | Class::ExitInformation
+                    Class::Plain | Class::Aside | Class::Returned | Class::ExitInformation
                 ) {
                     this.optional.insert(number);
                 }

@@ -2,16 +2,18 @@
 //! What is kept for one vCPU, and the copies between its shadow VMCS and vmcs12.
 
 use super::{
+    copies::Found,
     extension::{drops_reserved, Extension},
     knobs,
-    lists::{for_each_width, Bitmap, List},
+    lists::{for_each_width, Bitmap, List, Part, Use},
     BUDGET, STOCK,
 };
 use crate::{
+    bindings,
     kvm::{
         fields::{Class, Number, FIELDS},
         nested::Pages,
-        region::{self, Current, Region},
+        region::{self, Current, Present, Region},
         vmx, Vcpu, Vmcs12,
     },
     path::{learned::Published, vmptrld::Regions, Counters},
@@ -58,6 +60,17 @@ impl Shared {
     }
 }
 
+/// What is known of the guest state that KVM leaves in vmcs02 (class `Late` of the field table).
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Late {
+    /// Nothing.
+    Unread,
+    /// vmcs12 has it, since L2's exit.
+    Read,
+    /// The same in mode `check`, for which KVM is left to fetch it again; what stands for the values.
+    Compare(u64),
+}
+
 /// What is kept for one vCPU.
 pub(crate) struct Memory {
     pub(super) learner: Learner,
@@ -80,7 +93,14 @@ pub(crate) struct Memory {
     pub(super) written: Set,
     /// Since L1 last ran the processor has been told that VMCSs may have changed, see `left_l2`.
     announced: bool,
+    /// The shadow VMCS that had just been copied to its vmcs12 when L1 entered L2: unless something else comes between, KVM
+    /// changes nothing in that vmcs12 but what L2 returns. Null without one.
+    entered_with: *const bindings::vmcs,
+    late: Late,
 }
+
+// SAFETY: The pointer is compared and never followed.
+unsafe impl Send for Memory {}
 
 impl Memory {
     pub(crate) const NEW: Memory = Memory {
@@ -94,6 +114,8 @@ impl Memory {
         checking: false,
         written: Set::EMPTY,
         announced: false,
+        entered_with: core::ptr::null(),
+        late: Late::Unread,
     };
 
     /// Whether a field of this class may be shadowed for this L1.
@@ -105,7 +127,7 @@ impl Memory {
         };
         match class {
             _ if self.unfit => false,
-            Class::Plain | Class::Aside | Class::Late => true,
+            Class::Plain | Class::Aside | Class::Returned | Class::Late => true,
             Class::AccessRights | Class::LateAccessRights => drops_reserved(),
             Class::ExitInformation => vcpu.may_write_any_field(),
             Class::Seen => false,
@@ -152,9 +174,61 @@ impl Memory {
 
     /// L2 has exited to L1, so KVM has executed VMPTRLD of vmcs01 when L1 runs again. A processor that is a KVM takes that, as it
     /// takes any VMPTRLD or VMCLEAR, for the word that VMCS regions may have changed.
+    ///
+    /// What L1 is going to look for in vmcs12 is read while vmcs02 is still loaded, for getting there later takes two VMPTRLDs.
+    ///
+    /// # Safety
+    ///
+    /// vmcs02 is loaded, in the handler of sync_vmcs02_to_vmcs12().
     #[inline(always)]
-    pub(in crate::path) fn left_l2(&mut self) {
+    pub(in crate::path) unsafe fn left_l2(&mut self, vcpu: Vcpu) {
         self.announced = true;
+        self.late = Late::Unread;
+        let late = self.extension.as_ref().is_some_and(|ext| ext.late);
+        if let Some(m) = vcpu.vmcs12().filter(|_| late && !vcpu.evmcs_is_mapped()) {
+            // SAFETY: By this function's contract.
+            unsafe { vcpu.read_late_fields(m) };
+            self.late = if self.checking {
+                Late::Compare(Vcpu::sum_of_late_fields(m))
+            } else {
+                Late::Read
+            };
+        }
+    }
+
+    /// Has the guest state in vmcs12 that KVM leaves in vmcs02.
+    ///
+    /// # Safety
+    ///
+    /// Preemption is off, vmcs01 is loaded, and L2 has not run since `left_l2`.
+    #[inline(always)]
+    unsafe fn get_late_fields(&mut self, vcpu: Vcpu, m: Vmcs12, count: &Counters) {
+        let late = core::mem::replace(&mut self.late, Late::Unread);
+        if !vcpu.has_late_fields() {
+        } else if late == Late::Read {
+            vcpu.have_late_fields();
+        } else {
+            // SAFETY: By this function's contract.
+            let fetched = unsafe { vcpu.fetch_late_fields() };
+            if let Late::Compare(sum) = late {
+                if fetched && sum != Vcpu::sum_of_late_fields(m) {
+                    count.mismatches.bump();
+                }
+            }
+        }
+    }
+
+    /// The shadow VMCS of `pages` was copied, for L1 is entering L2.
+    #[inline(always)]
+    pub(super) fn enter_l2(&mut self, pages: Pages) {
+        self.entered_with = pages.shadow;
+    }
+
+    /// Nothing is known of any vmcs12 any more: KVM frees them all, and may have others at the same addresses.
+    #[inline(always)]
+    pub(in crate::path) fn forget_entry(&mut self) {
+        self.entered_with = core::ptr::null();
+        self.late = Late::Unread;
     }
 
     /// Shadow VMCSs are read and written in their regions, see `kvm::region`.
@@ -252,14 +326,28 @@ impl Memory {
         };
         let shadow = vmx::physical(pages.shadow.cast());
         let (base, checking) = (pages.vmcs12.cast::<u8>(), self.checking);
+        self.entered_with = core::ptr::null();
+        self.late = Late::Unread;
         // SAFETY: By this function's contract; the loaded VMCS is made current again below, as in
         // KVM's own copy_shadow_to_vmcs12().
         let found = unsafe {
             if ext.in_region {
                 let region = Region::new(pages.shadow);
-                ext.copy_out(region, base, checking, &self.written, count)
+                if checking {
+                    ext.compare_out(region, base, &self.written, count);
+                    Found::default()
+                } else {
+                    ext.copy_out(region, base)
+                }
             } else if vmx::load_shadow(shadow) {
-                let found = ext.copy_out(Current, base, checking, &self.written, count);
+                let found = if checking {
+                    ext.compare_out(Current, base, &self.written, count);
+                    Found::default()
+                } else if ext.present {
+                    ext.copy_out(Present, base)
+                } else {
+                    ext.copy_out_slowly(base)
+                };
                 if !vcpu.clears_with_loaded(pages.shadow) {
                     vmx::vmclear(shadow);
                 }
@@ -276,7 +364,7 @@ impl Memory {
         }
         // Each took a VMWRITE that did not exit. Reads, and further writes, leave no trace.
         count.saved_exits.add(found.saved);
-        found.changed
+        found.changed()
     }
 
     /// vmcs12 to shadow VMCS, with the fields that are learned now.
@@ -291,41 +379,62 @@ impl Memory {
         vmcs12: Vmcs12,
         check: bool,
         shared: &Shared,
+        count: &Counters,
     ) {
+        let entered_with = core::mem::replace(&mut self.entered_with, core::ptr::null());
         let rebuilt = self.must_rebuild(check);
         if rebuilt {
             self.rebuild(check);
             shared.learned.publish(self.learner.learned());
+        }
+        if self.extension.as_ref().is_some_and(|ext| ext.late) {
+            // SAFETY: By this function's contract vmcs01 is loaded and preemption off.
+            unsafe { self.get_late_fields(vcpu, vmcs12, count) };
         }
         let (Some(ext), Some(page)) = (self.extension.as_mut(), vcpu.shadow_vmcs01()) else {
             return;
         };
         // SAFETY: Nothing is moved out.
         let ext = unsafe { ext.as_mut().get_unchecked_mut() };
-        if ext.late {
-            // SAFETY: By this function's contract vmcs01 is loaded and preemption off.
-            unsafe { vcpu.fetch_late_fields() };
-        }
         let shadow = vmx::physical(page.cast());
         let base = vmcs12.as_ptr().cast::<u8>();
         if rebuilt {
             // SAFETY: By this function's contract; the shadow VMCS is about to be filled.
             ext.in_region = unsafe { region::prove(page, vcpu.loaded_vmcs(), ext.copied()) };
+            ext.present = false;
+        }
+        let mut part = Part::All;
+        if !rebuilt && entered_with == page.cast_const() {
+            part = Part::Returned;
         }
         // SAFETY: By this function's contract, and as in `save`.
-        let refused = unsafe {
+        let put = unsafe {
             let in_region = ext.in_region && ext.drops_reserved.is_some();
             if in_region && (self.announced || vmx::vmclear(shadow)) {
-                ext.copy_in(base, Region::new(page))
-            } else if vmx::load_shadow(shadow) {
-                if ext.drops_reserved.is_none() {
-                    ext.drops_reserved = Some(drops_reserved());
-                    self.rules = 0;
+                if check && part == Part::Returned {
+                    ext.compare_kept(base, Region::new(page), &self.written, count);
+                    part = Part::All;
                 }
-                let refused = ext.copy_in(base, Current);
+                ext.copy_in(base, Region::new(page), part)
+            } else if vmx::load_shadow(shadow) {
+                if check && part == Part::Returned {
+                    ext.compare_kept(base, Current, &self.written, count);
+                    part = Part::All;
+                }
+                let put = if ext.present {
+                    ext.copy_in(base, Present, part)
+                } else {
+                    if ext.drops_reserved.is_none() {
+                        ext.drops_reserved = Some(drops_reserved());
+                        self.rules = 0;
+                    }
+                    let put = ext.copy_in_slowly(base, part);
+                    ext.present = part == Part::All && put.refused.is_none() && !put.lacks_other;
+                    put
+                };
                 vmx::vmclear(shadow);
                 vmx::vmptrld(vcpu.loaded_vmcs());
-                refused
+                put
             } else {
                 self.unfit = true;
                 return;
@@ -333,13 +442,13 @@ impl Memory {
         };
         // L1 is about to run with it.
         self.announced = false;
-        if let Some(number) = refused {
+        if let Some(number) = put.refused {
             // The processor has no such field and KVM emulates it. Its bits must be set again
             // before L1 runs; more such fields show one after another.
             self.learner.bar(number);
             self.stale = true;
             // SAFETY: As this call; each round bars a field, so it ends.
-            return unsafe { self.restore(vcpu, vmcs12, check, shared) };
+            return unsafe { self.restore(vcpu, vmcs12, check, shared, count) };
         }
         self.written = Set::EMPTY;
         shared.note_thread();
@@ -373,9 +482,7 @@ impl Memory {
         // SAFETY: KVM's own bitmaps, as in `copy_of`.
         let (stock_vmread, stock_vmwrite) =
             unsafe { (&*stock(ext.stock_vmread), &*stock(ext.stock_vmwrite)) };
-        ext.learned.clear();
-        ext.stock_rw.clear();
-        ext.stock_ro.clear();
+        ext.fields.clear();
         ext.late = false;
         // In mode `check` L1's accesses go where the stock code has them go.
         ext.left_out = if check {
@@ -383,16 +490,23 @@ impl Memory {
         } else {
             ext.optional.without(self.stock.learned())
         };
+        let all = |learned: &Set| {
+            let mut numbers = (0..).zip(FIELDS).filter(|(_, f)| f.is_segment());
+            numbers.all(|(number, _)| learned.has(number))
+        };
+        ext.segments = !check && all(self.learner.learned());
         for (number, field) in (0..).zip(FIELDS) {
             let reads = !stock_vmread.has(field);
             let writes = !stock_vmwrite.has(field);
             let left_out = ext.left_out.has(number);
-            if writes && !left_out {
-                ext.stock_rw.push(number, field);
-            } else if reads && !left_out {
-                ext.stock_ro.push(number, field);
+            let learned = self.learner.learned().has(number)
+                && !(writes && !left_out)
+                && (ext.segments && field.is_segment()
+                    || ext.fields.push(number, field, Use::Learned));
+            if !learned && reads && !left_out {
+                let how = if writes { Use::Stock } else { Use::StockRead };
+                ext.fields.push(number, field, how);
             }
-            let learned = self.learner.learned().has(number) && ext.learned.push(number, field);
             ext.late |= learned && field.class.is_late();
             let served = learned && !check;
             ext.vmread.set(field, !served && (left_out || !reads));
@@ -416,7 +530,7 @@ impl Memory {
         let mut list = List::<STOCK>::EMPTY;
         for (number, field) in (0..).zip(FIELDS) {
             if ext.left_out.has(number) {
-                list.push(number, field);
+                list.push(number, field, Use::Stock);
             }
         }
         let base = pages.vmcs12.cast::<u8>();
@@ -425,7 +539,7 @@ impl Memory {
         unsafe {
             let shadow = vmx::physical(pages.shadow.cast());
             if vmx::load_shadow(shadow) {
-                for_each_width!(list, |e: Word| {
+                for_each_width!(list, Part::All, |e: Word| {
                     let value = base.add(e.offset as usize).cast::<Word>().read_unaligned();
                     vmx::vmwrite(u64::from(e.encoding), u64::from(value));
                 });

@@ -54,7 +54,7 @@ pub(super) const MOST: usize = core::mem::size_of::<Extension>().next_power_of_t
 
 /// Most fields that are shadowed beside the stock list.
 const BUDGET: u8 = 96;
-/// Room for the stock lists, of each width; stock KVM has 38 fields in all.
+/// Room for the stock list, of each width; stock KVM has 38 fields in all.
 const STOCK: usize = 32;
 /// Room for learned fields, of each width.
 const LEARNED: usize = BUDGET as usize;
@@ -68,6 +68,7 @@ pub(super) const PATH: Path = Path {
         HookId::HANDLE_VMREAD,
         HookId::HANDLE_VMWRITE,
         HookId::SYNC_VMCS02,
+        HookId::FREE_NESTED,
     ],
     guest_hooks: &[],
     extra_hooks: &[],
@@ -142,6 +143,13 @@ fn drain() {
     );
 }
 
+/// VMX operation ends on this vCPU.
+pub(super) fn forget_entry(raw: *mut bindings::kvm_vcpu) {
+    // SAFETY: The hooked function's own argument.
+    let vcpu = unsafe { Vcpu::from_hook(raw) };
+    state::with(vcpu, |local, _| local.fields.forget_entry());
+}
+
 /// Handler of copy_shadow_to_vmcs12(): the shadow VMCS is up to date.
 #[no_mangle]
 extern "C" fn mtk_on_copy_shadow(vmx: *mut bindings::vcpu_vmx, _cont: Continuation) -> Verdict {
@@ -160,6 +168,8 @@ extern "C" fn mtk_on_copy_shadow(vmx: *mut bindings::vcpu_vmx, _cont: Continuati
             memory.save_quietly(vcpu, pages, count);
             if livepatched {
                 memory.complete(pages, vcpu);
+            } else if vcpu.enters_l2() {
+                memory.enter_l2(pages);
             }
         }
         count.taken.bump();
@@ -204,7 +214,7 @@ extern "C" fn mtk_on_sync_shadow(vcpu: *mut bindings::kvm_vcpu, _cont: Continuat
             unsafe { local.regions.settle(vcpu, memory, count) };
         }
         // SAFETY: KVM is about to do the same, at the same place, with vmcs01 current.
-        unsafe { memory.restore(vcpu, vmcs12, mode == Mode::Check, &counters.fields) };
+        unsafe { memory.restore(vcpu, vmcs12, mode == Mode::Check, &counters.fields, count) };
         if memory.unfit {
             // SAFETY: As above.
             unsafe { memory.withdraw(vcpu, &mut local.regions, count, &counters.fields) };

@@ -8,7 +8,9 @@
 //! it), and KVM's copy when L2 executes VMWRITE, which either exits (`note_vmwrite`) or is served (`Memory::save`). Who
 //! else changes either of them is told apart by the key: another page, another memory slot, a page that the VMM took
 //! away. Of a page whose writes are logged nothing is known, so that each exit marks it dirty. What is known ends with
-//! KVM_RUN, with VMX operation, with any VMPTRLD or VMCLEAR, and with a copy by stock code while the path is off.
+//! KVM_RUN, with VMX operation, with VMCLEAR, with VMPTRLD of that page or of another one after it, and with a copy by stock code
+//! while the path is off. Behind any other VMPTRLD the fields are read anew, for with this module in L1 they may be others
+//! (`kvm::region`); what is behind the fields is not.
 //!
 //! The page is up to date after each exit to L1, so that there is nothing to give back when the path is switched off.
 
@@ -22,7 +24,7 @@ use crate::{
         vmcs12_pages::Stamp,
         Vcpu,
     },
-    path::{nested_switch, Counters},
+    path::{nested_switch, Counters, Local},
     policy::{mode::Mode, page_copy::PageCopy},
     state,
 };
@@ -107,7 +109,16 @@ fn copy(way: Copying, args: [usize; 4], cont: Continuation) -> Verdict {
             return Some(Err(Reason::Detour));
         }
         match way {
-            Copying::In => known.enter(),
+            Copying::In => {
+                if !bytes.is_empty() {
+                    let _section = InFlight::enter(HookId::READ_CACHED);
+                    // SAFETY: In this very handler.
+                    if !unsafe { vcpu.read_shadow_page(bytes) } {
+                        return Some(Err(Reason::CopyUnusual));
+                    }
+                }
+                known.enter();
+            }
             Copying::Out => {
                 if !bytes.is_empty() {
                     let _section = InFlight::enter(HookId::WRITE_CACHED);
@@ -172,11 +183,11 @@ enum Copying {
 }
 
 impl Copying {
-    /// The bytes that have to be copied, maybe none; `None` for all of them. Into KVM's copy it is nothing or all.
+    /// The bytes that have to be copied, maybe none; `None` for all of them.
     #[inline(always)]
     fn bytes(self, known: &Known, key: Key) -> Option<Range<usize>> {
         match self {
-            Copying::In => known.is_same(key).then_some(0..0),
+            Copying::In => known.to_read(key),
             Copying::Out => known.to_write(key),
         }
     }
@@ -257,8 +268,18 @@ pub(in crate::path) fn note_vmwrite(vcpu: Vcpu, encoding: Option<u64>) {
     });
 }
 
-/// What is known of the vCPU's copy may not be true any more: L1 executes VMPTRLD, VMCLEAR or VMXOFF, or the vCPU leaves
-/// KVM_RUN.
+/// L1 has executed VMPTRLD, with `before` as its current VMCS.
+#[inline(always)]
+pub(in crate::path) fn suspect(vcpu: Vcpu, local: &mut Local, before: u64) {
+    let (page, known) = (vcpu.shadow_page_address(), &mut local.l2fields.known);
+    if before == page || vcpu.current_vmptr() == page {
+        known.forget();
+    } else {
+        known.suspect(shadow_copy::FIELDS_END);
+    }
+}
+
+/// What is known of the vCPU's copy may not be true any more: L1 executes VMCLEAR or VMXOFF, or the vCPU leaves KVM_RUN.
 #[inline(always)]
 pub(in crate::path) fn forget(raw: *mut bindings::kvm_vcpu) {
     // SAFETY: The argument of a hooked function; used to find the state.

@@ -16,7 +16,7 @@ use crate::{
     path::{
         fields::{
             extension::drops_reserved,
-            lists::{for_each_width, Bitmap, List},
+            lists::{for_each_width, Bitmap, List, Part, Use},
         },
         Counters,
     },
@@ -169,7 +169,7 @@ impl Memory {
         for (number, field) in (0..).zip(FIELDS) {
             // L2 may write what KVM lets it write (handle_vmwrite()).
             let written = field.class != Class::ExitInformation || vcpu.may_write_any_field();
-            if self.learner.learned().has(number) && t.fields.push(number, field) {
+            if self.learner.learned().has(number) && t.fields.push(number, field, Use::Learned) {
                 t.masks.insert(field.encoding, field.has_high(), written);
             }
         }
@@ -321,7 +321,7 @@ impl Memory {
         unsafe {
             let shadow = vmx::physical(t.shadow.as_ptr().cast());
             if vmx::load_shadow(shadow) {
-                for_each_width!(t.fields, |e: Word| {
+                for_each_width!(t.fields, Part::All, |e: Word| {
                     let value = vmx::vmread(u64::from(e.encoding)).unwrap_or_default();
                     let stock = base.add(e.offset as usize).cast::<Word>().read_unaligned();
                     if value as Word != stock {
@@ -345,7 +345,7 @@ impl Memory {
 unsafe fn copy_out<S: Shadow>(fields: &Fields, from: S, base: *mut u8, known: &mut Known) {
     // SAFETY: By this function's contract.
     unsafe {
-        for_each_width!(fields, |e: Word| {
+        for_each_width!(fields, Part::All, |e: Word| {
             if let Some(value) = from.read::<Word>(e.encoding, e.offset) {
                 let field = base.add(e.offset as usize).cast::<Word>();
                 if field.read_unaligned() != value {
@@ -367,7 +367,7 @@ unsafe fn copy_in<S: Shadow>(fields: &Fields, base: *const u8, to: S) -> Option<
     let mut refused = None;
     // SAFETY: By this function's contract.
     unsafe {
-        for_each_width!(fields, |e: Word| {
+        for_each_width!(fields, Part::All, |e: Word| {
             let from = base.add(e.offset as usize).cast::<Word>();
             if !to.write(e.encoding, e.offset, from.read_unaligned()) {
                 refused = Some(e.number);

@@ -240,7 +240,8 @@ extern "C" fn mtk_on_sync_vmcs02(
         // KVM_GET_NESTED_STATE calls it as well, and L2 goes on.
         let goes_on = vcpu.guest_mode();
         if !goes_on {
-            local.fields.left_l2();
+            // SAFETY: In this very handler.
+            unsafe { local.fields.left_l2(vcpu) };
         }
         if local.l2fields.is_serving() {
             // SAFETY: vmcs02 is loaded here.

@@ -358,13 +358,21 @@ fn report(counters: &Counters, vmptr: u64, stock: u64) {
 
 /// Handler of handle_vmptrld().
 #[no_mangle]
-extern "C" fn mtk_on_handle_vmptrld(vcpu: *mut bindings::kvm_vcpu, cont: Continuation) -> Verdict {
-    copies::forget(vcpu);
+extern "C" fn mtk_on_handle_vmptrld(raw: *mut bindings::kvm_vcpu, cont: Continuation) -> Verdict {
+    let mut loaded = false;
     let act = |vcpu: Vcpu, local: &mut Local, counters: &CounterSet| {
+        let before = vcpu.current_vmptr();
         // SAFETY: In this very handler.
-        unsafe { load(vcpu, local, counters) }
+        unsafe { load(vcpu, local, counters)? };
+        copies::suspect(vcpu, local, before);
+        loaded = true;
+        Ok(())
     };
-    handle(vcpu, HookId::HANDLE_VMPTRLD, cont, act)
+    let verdict = handle(raw, HookId::HANDLE_VMPTRLD, cont, act);
+    if !loaded || !verdict.is_handled() {
+        copies::forget(raw);
+    }
+    verdict
 }
 
 /// Handler of handle_vmclear().
@@ -401,6 +409,7 @@ extern "C" fn mtk_on_free_nested(vcpu: *mut bindings::kvm_vcpu, _cont: Continuat
     flush(vcpu, HookId::FREE_NESTED);
     pages::release(vcpu, HookId::FREE_NESTED);
     super::l2fields::end(vcpu);
+    fields::forget_entry(vcpu);
     Verdict::STOCK
 }
 

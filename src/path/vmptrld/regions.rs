@@ -221,6 +221,7 @@ impl Regions {
         let vcpu = copier.vcpu;
         let (was, old) = (vcpu.pages()?, vcpu.current_vmptr());
         let for_memory = vcpu.vmcs12()?.is_shadow();
+        copier.fields.forget_entry();
         self.clock += 1;
         let slot = self.slots.get_mut(at)?;
         if old != NONE && vcpu.has_late_fields() {
