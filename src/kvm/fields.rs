@@ -12,7 +12,7 @@ pub(crate) enum Class {
     Plain,
     /// As `Plain`, but what vmcs02 gets does not depend on it.
     Aside,
-    /// As `Plain`: a control that KVM changes while L2 runs or when it exits (prepare_vmcs12(), sync_vmcs02_to_vmcs12(),
+    /// As `Plain`: a control that KVM changes while L2 runs or when it exits (prepare_vmcs12(), vmcs12_save_pending_event(), sync_vmcs02_to_vmcs12(),
     /// nested_vmx_eptp_switching()), as it does no other.
     Returned,
     /// Guest state that KVM leaves in vmcs02 until L1 asks (`is_vmcs12_ext_field()`). It may be
@@ -189,7 +189,7 @@ fields! {
     0x4014 vm_entry_msr_load_count Plain;
     0x4016 vm_entry_intr_info_field Returned;
     0x4018 vm_entry_exception_error_code Plain;
-    0x401a vm_entry_instruction_len Plain;
+    0x401a vm_entry_instruction_len Returned;
     0x401c tpr_threshold Plain;
     0x401e secondary_vm_exec_control Plain;
     0x4400 vm_instruction_error Seen;

@@ -22,7 +22,10 @@ use super::{
 };
 use crate::{
     bindings,
-    policy::{set, trial::pattern},
+    policy::{
+        set::{self, Set},
+        trial::pattern,
+    },
 };
 use core::{
     mem::size_of,
@@ -176,21 +179,21 @@ pub(crate) unsafe fn is_vmcs12(shadow: *const bindings::vmcs) -> bool {
 ///
 /// A shadow VMCS of KVM's, or one like it, which nothing is to be learned from any more. The vCPU is loaded with preemption off, and
 /// `loaded`, the address of its loaded VMCS, is current, as it is again afterwards.
-pub(crate) unsafe fn prove(
-    shadow: *mut bindings::vmcs,
-    loaded: u64,
-    wanted: impl Iterator<Item = Number> + Clone,
-) -> bool {
+pub(crate) unsafe fn prove(shadow: *mut bindings::vmcs, loaded: u64, wanted: &Set) -> bool {
     // SAFETY: By this function's contract.
     if !unsafe { is_vmcs12(shadow) } {
         return false;
     }
-    let new = wanted.filter(|&n| !is_proved(n));
-    if new.clone().next().is_none() {
+    let mut new = *wanted;
+    wanted
+        .iter()
+        .filter(|&number| is_proved(number))
+        .for_each(|number| new.remove(number));
+    if new.is_empty() {
         return true;
     }
     // SAFETY: By this function's contract.
-    let tried = unsafe { try_fields(shadow, new.clone()) };
+    let tried = unsafe { try_fields(shadow, &new) };
     // SAFETY: As above.
     unsafe {
         vmx::vmclear(vmx::physical(shadow.cast()));
@@ -198,7 +201,7 @@ pub(crate) unsafe fn prove(
     }
     match tried {
         Some(true) => {
-            for number in new {
+            for number in new.iter() {
                 if let Some(word) = PROVED.get(number as usize / 64) {
                     word.fetch_or(1 << (number % 64), Ordering::Relaxed);
                 }
@@ -222,10 +225,7 @@ pub(crate) unsafe fn prove(
 ///
 /// As for `prove`, but that the shadow VMCS is left in any state.
 #[cold]
-unsafe fn try_fields(
-    shadow: *mut bindings::vmcs,
-    fields: impl Iterator<Item = Number> + Clone,
-) -> Option<bool> {
+unsafe fn try_fields(shadow: *mut bindings::vmcs, fields: &Set) -> Option<bool> {
     let physical = vmx::physical(shadow.cast());
     let of = |number: Number, second: bool| {
         let field = FIELDS.get(number as usize)?;
@@ -238,7 +238,7 @@ unsafe fn try_fields(
         if !vmx::vmptrld(physical) {
             return None;
         }
-        for number in fields.clone() {
+        for number in fields.iter() {
             let (field, value) = of(number, false)?;
             if !vmx::vmwrite(u64::from(field.encoding), value) {
                 return None;
@@ -247,7 +247,7 @@ unsafe fn try_fields(
         if !vmx::vmclear(physical) {
             return None;
         }
-        for number in fields.clone() {
+        for number in fields.iter() {
             let ((field, first), (_, second)) = (of(number, false)?, of(number, true)?);
             let (encoding, offset) = (field.encoding, field.offset);
             let is = |found: Option<u64>| found == Some(first);
@@ -272,7 +272,7 @@ unsafe fn try_fields(
         if !vmx::vmptrld(physical) {
             return None;
         }
-        for number in fields {
+        for number in fields.iter() {
             let (field, second) = of(number, true)?;
             if vmx::vmread(u64::from(field.encoding)) != Some(second) {
                 return Some(false);

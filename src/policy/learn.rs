@@ -57,6 +57,9 @@ pub struct Config {
     pub pinned: Set,
     /// Fields that never are, even if they are pinned.
     pub forbidden: Set,
+    /// The first touch ends a field's first trial as it ends others, unless the field is known for bursts: for fields whose
+    /// touches cost no exit to begin with, so that one that is put out by mistake is worse than one that stays.
+    pub eager: bool,
 }
 
 impl Config {
@@ -70,6 +73,7 @@ impl Config {
             window: 32,
             pinned: Set::EMPTY,
             forbidden: Set::EMPTY,
+            eager: false,
         }
     }
 
@@ -346,7 +350,7 @@ impl Learner {
             }
             u.at = self.now;
             u.count = u.count.saturating_add(1);
-            let proven = u.back == 0 && self.proven.has(field);
+            let proven = u.back == 0 && (self.config.eager || self.proven.has(field));
             return proven || u.count >= LONG;
         }
         if since > window * u32::from(GROUP_TRIAL) {
@@ -632,6 +636,27 @@ mod tests {
         let exits = run(&mut learner, &[3, 30, 39], 3 * LONG);
         assert_eq!(fields_of(&learner), [3, 30, 39]);
         assert!(exits <= 3 * LONG / 16, "{exits}");
+    }
+
+    #[test]
+    fn eager_trials_cost_less() {
+        let mut all = Set::EMPTY;
+        (0..30).for_each(|field| all.insert(field));
+        let exits = |eager| {
+            let config = Config {
+                eager,
+                ..Config::new(u8::MAX)
+            };
+            let mut learner = Learner::with(config, all);
+            let used: Vec<u8> = (0..20).collect();
+            // The first trial, and what follows from those who left.
+            let exits = run(&mut learner, &used, 2 * WINDOW + LONG);
+            assert_eq!(fields_of(&learner), used);
+            exits
+        };
+        // One of each field in its first trial, and some in later ones.
+        assert!((20..40).contains(&exits(true)));
+        assert!(exits(false) >= 20 * usize::from(super::LONG));
     }
 
     #[test]

@@ -24,7 +24,9 @@ fn field() -> impl Strategy<Value = u8> {
 
 fn config() -> impl Strategy<Value = Config> {
     let some = || prop::collection::vec(field(), 0..3);
-    (0u8..10, 4u16..40, some(), some()).prop_map(|(budget, window, pinned, forbidden)| Config {
+    let parts = (0u8..10, 4u16..40, some(), some(), any::<bool>());
+    parts.prop_map(|(budget, window, pinned, forbidden, eager)| Config {
+        eager,
         budget,
         window,
         pinned: set(pinned),

@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     kvm::{
-        fields::{for_each_late, Number, FIELDS},
+        fields::{for_each_late, FIELDS},
         region::{Current, Shadow, Width},
     },
     path::Counters,
@@ -35,8 +35,8 @@ impl Found {
 /// What became of a copy to a shadow VMCS.
 #[derive(Default)]
 pub(super) struct Put {
-    /// A learned field that the processor does not have.
-    pub(super) refused: Option<Number>,
+    /// Learned fields that the processor does not have.
+    pub(super) refused: Set,
     /// There was another.
     pub(super) lacks_other: bool,
 }
@@ -139,7 +139,7 @@ impl Extension {
             for_each_width!(self.fields, part, |e: Word| {
                 if !give::<S, Word>(vmcs12, to, (e.encoding, e.offset)) {
                     if e.is_learned() {
-                        put.refused = Some(e.number);
+                        put.refused.insert(e.number);
                     } else {
                         put.lacks_other = true;
                     }
@@ -191,12 +191,13 @@ impl Extension {
     }
 
     /// The fields that are copied.
-    pub(super) fn copied(&self) -> impl Iterator<Item = Number> + Clone + '_ {
-        let segments = (0..)
-            .zip(FIELDS)
-            .filter(|(_, f)| self.segments && f.is_segment());
-        let listed = self.fields.all().map(|e| e.number);
-        Iterator::chain(listed, segments.map(|(number, _)| number))
+    pub(super) fn copied(&self) -> Set {
+        let mut copied = Set::EMPTY;
+        self.fields.all().for_each(|e| copied.insert(e.number));
+        let all = (0..).zip(FIELDS);
+        let segments = all.filter(|(_, field)| self.segments && field.is_segment());
+        segments.for_each(|(number, _)| copied.insert(number));
+        copied
     }
 }
 

@@ -71,6 +71,15 @@ enum Late {
     Compare(u64),
 }
 
+#[cold]
+fn report_late(count: &Counters) {
+    static REPORTED: AtomicBool = AtomicBool::new(false);
+    count.mismatches.bump();
+    if !REPORTED.swap(true, Ordering::Relaxed) {
+        pr_warn!("fields: guest state in vmcs02 was not yet what KVM fetches when L2 exited\n");
+    }
+}
+
 /// What is kept for one vCPU.
 pub(crate) struct Memory {
     pub(super) learner: Learner,
@@ -91,6 +100,9 @@ pub(crate) struct Memory {
     pub(super) checking: bool,
     /// In mode `check`: fields that L1 wrote since the last copy, which the shadow VMCS lacks.
     pub(super) written: Set,
+    /// L1 has not entered L2 since the vCPU is extended, so that it is about to write most fields, and all that may be are shadowed:
+    /// these.
+    beginning: Option<Set>,
     /// Since L1 last ran the processor has been told that VMCSs may have changed, see `left_l2`.
     announced: bool,
     /// The shadow VMCS that had just been copied to its vmcs12 when L1 entered L2: unless something else comes between, KVM
@@ -113,6 +125,7 @@ impl Memory {
         stale: true,
         checking: false,
         written: Set::EMPTY,
+        beginning: None,
         announced: false,
         entered_with: core::ptr::null(),
         late: Late::Unread,
@@ -154,6 +167,7 @@ impl Memory {
         if let Some(ext) = &extension {
             self.stock = Learner::with(Config::new(u8::MAX), ext.optional);
             self.rules = 0;
+            self.beginning = Some(Set::EMPTY);
         }
         self.extension = extension;
         self.stale = true;
@@ -212,7 +226,7 @@ impl Memory {
             let fetched = unsafe { vcpu.fetch_late_fields() };
             if let Late::Compare(sum) = late {
                 if fetched && sum != Vcpu::sum_of_late_fields(m) {
-                    count.mismatches.bump();
+                    report_late(count);
                 }
             }
         }
@@ -222,6 +236,16 @@ impl Memory {
     #[inline(always)]
     pub(super) fn enter_l2(&mut self, pages: Pages) {
         self.entered_with = pages.shadow;
+        if self.beginning.is_some() {
+            self.beginning = None;
+            self.stale = true;
+        }
+    }
+
+    /// The fields that are shadowed beside the stock list.
+    fn shadowed(&self) -> Set {
+        let learned = self.learner.learned();
+        self.beginning.map_or(*learned, |all| all.or(learned))
     }
 
     /// Nothing is known of any vmcs12 any more: KVM frees them all, and may have others at the same addresses.
@@ -262,6 +286,18 @@ impl Memory {
                 config.pinned.remove(number);
             }
         }
+        if self.beginning.is_some() {
+            let mut all = Set::EMPTY;
+            for (number, field) in (0..).zip(FIELDS) {
+                // Without a budget the path does nothing.
+                let wanted = config.budget != 0 && field.class != Class::Seen;
+                if wanted && !config.forbidden.has(number) && self.knows(number) {
+                    all.insert(number);
+                }
+            }
+            self.beginning = Some(all);
+            self.stale = true;
+        }
         self.stale |= self.learner.configure(config);
         if let Some(ext) = &self.extension {
             // Without a budget the path does nothing.
@@ -273,6 +309,7 @@ impl Memory {
                 budget: u8::MAX,
                 pinned: always,
                 forbidden: Set::EMPTY,
+                eager: true,
                 ..config
             };
             self.stale |= self.stock.configure(stock);
@@ -367,6 +404,45 @@ impl Memory {
         found.changed()
     }
 
+    /// Finds out what has to be tried on the processor, once.
+    ///
+    /// # Safety
+    ///
+    /// As for `restore`.
+    #[inline(always)]
+    pub(super) unsafe fn explore(&mut self, vcpu: Vcpu) {
+        if self
+            .extension
+            .as_ref()
+            .is_some_and(|ext| ext.drops_reserved.is_none())
+        {
+            // SAFETY: By this function's contract.
+            unsafe { self.try_rights(vcpu) };
+        }
+    }
+
+    /// # Safety
+    ///
+    /// As for `restore`.
+    #[cold]
+    unsafe fn try_rights(&mut self, vcpu: Vcpu) {
+        let (Some(ext), Some(page)) = (self.extension.as_mut(), vcpu.shadow_vmcs01()) else {
+            return;
+        };
+        let shadow = vmx::physical(page.cast());
+        // SAFETY: By this function's contract; vmcs12 is up to date, so that the shadow VMCS is about to be filled. Nothing is moved out.
+        unsafe {
+            if vmx::load_shadow(shadow) {
+                ext.as_mut().get_unchecked_mut().drops_reserved = Some(drops_reserved());
+                vmx::vmclear(shadow);
+                vmx::vmptrld(vcpu.loaded_vmcs());
+                self.rules = 0;
+            } else {
+                self.unfit = true;
+            }
+        }
+    }
+
     /// vmcs12 to shadow VMCS, with the fields that are learned now.
     ///
     /// # Safety
@@ -381,18 +457,36 @@ impl Memory {
         shared: &Shared,
         count: &Counters,
     ) {
+        // SAFETY: By this function's contract; each round but the last takes fields out.
+        while unsafe { self.restore_once(vcpu, vmcs12, check, shared, count) } {}
+    }
+
+    /// One round of it. Returns whether there has to be another, because the processor lacks some of the fields.
+    ///
+    /// # Safety
+    ///
+    /// As for `restore`.
+    #[inline(always)]
+    unsafe fn restore_once(
+        &mut self,
+        vcpu: Vcpu,
+        vmcs12: Vmcs12,
+        check: bool,
+        shared: &Shared,
+        count: &Counters,
+    ) -> bool {
         let entered_with = core::mem::replace(&mut self.entered_with, core::ptr::null());
         let rebuilt = self.must_rebuild(check);
         if rebuilt {
             self.rebuild(check);
-            shared.learned.publish(self.learner.learned());
+            shared.learned.publish(&self.shadowed());
         }
         if self.extension.as_ref().is_some_and(|ext| ext.late) {
             // SAFETY: By this function's contract vmcs01 is loaded and preemption off.
             unsafe { self.get_late_fields(vcpu, vmcs12, count) };
         }
         let (Some(ext), Some(page)) = (self.extension.as_mut(), vcpu.shadow_vmcs01()) else {
-            return;
+            return false;
         };
         // SAFETY: Nothing is moved out.
         let ext = unsafe { ext.as_mut().get_unchecked_mut() };
@@ -400,55 +494,53 @@ impl Memory {
         let base = vmcs12.as_ptr().cast::<u8>();
         if rebuilt {
             // SAFETY: By this function's contract; the shadow VMCS is about to be filled.
-            ext.in_region = unsafe { region::prove(page, vcpu.loaded_vmcs(), ext.copied()) };
+            ext.in_region = unsafe { region::prove(page, vcpu.loaded_vmcs(), &ext.copied()) };
             ext.present = false;
         }
         let mut part = Part::All;
         if !rebuilt && entered_with == page.cast_const() {
             part = Part::Returned;
         }
+        let mut refused = None;
         // SAFETY: By this function's contract, and as in `save`.
-        let put = unsafe {
-            let in_region = ext.in_region && ext.drops_reserved.is_some();
-            if in_region && (self.announced || vmx::vmclear(shadow)) {
+        unsafe {
+            if ext.in_region && (self.announced || vmx::vmclear(shadow)) {
                 if check && part == Part::Returned {
                     ext.compare_kept(base, Region::new(page), &self.written, count);
                     part = Part::All;
                 }
-                ext.copy_in(base, Region::new(page), part)
+                ext.copy_in(base, Region::new(page), part);
             } else if vmx::load_shadow(shadow) {
                 if check && part == Part::Returned {
                     ext.compare_kept(base, Current, &self.written, count);
                     part = Part::All;
                 }
-                let put = if ext.present {
-                    ext.copy_in(base, Present, part)
+                if ext.present {
+                    ext.copy_in(base, Present, part);
                 } else {
-                    if ext.drops_reserved.is_none() {
-                        ext.drops_reserved = Some(drops_reserved());
-                        self.rules = 0;
-                    }
                     let put = ext.copy_in_slowly(base, part);
-                    ext.present = part == Part::All && put.refused.is_none() && !put.lacks_other;
-                    put
-                };
+                    refused = (!put.refused.is_empty()).then_some(put.refused);
+                    ext.present = part == Part::All && refused.is_none() && !put.lacks_other;
+                }
                 vmx::vmclear(shadow);
                 vmx::vmptrld(vcpu.loaded_vmcs());
-                put
             } else {
                 self.unfit = true;
-                return;
+                return false;
             }
-        };
+        }
         // L1 is about to run with it.
         self.announced = false;
-        if let Some(number) = put.refused {
-            // The processor has no such field and KVM emulates it. Its bits must be set again
-            // before L1 runs; more such fields show one after another.
-            self.learner.bar(number);
+        if let Some(refused) = refused {
+            // The processor has no such fields and KVM emulates them. Their bits must be set again before L1 runs.
+            for number in refused.iter() {
+                self.learner.bar(number);
+                if let Some(all) = &mut self.beginning {
+                    all.remove(number);
+                }
+            }
             self.stale = true;
-            // SAFETY: As this call; each round bars a field, so it ends.
-            return unsafe { self.restore(vcpu, vmcs12, check, shared, count) };
+            return true;
         }
         self.written = Set::EMPTY;
         shared.note_thread();
@@ -462,6 +554,7 @@ impl Memory {
             }
             shared.extended.store(true, Ordering::Relaxed);
         }
+        false
     }
 
     /// Whether lists and bitmaps differ from what the learned set says.
@@ -473,6 +566,7 @@ impl Memory {
     /// shadow VMCS.
     #[cold]
     pub(super) fn rebuild(&mut self, check: bool) {
+        let shadowed = self.shadowed();
         let Some(ext) = self.extension.as_mut() else {
             return;
         };
@@ -494,12 +588,12 @@ impl Memory {
             let mut numbers = (0..).zip(FIELDS).filter(|(_, f)| f.is_segment());
             numbers.all(|(number, _)| learned.has(number))
         };
-        ext.segments = !check && all(self.learner.learned());
+        ext.segments = !check && all(&shadowed);
         for (number, field) in (0..).zip(FIELDS) {
             let reads = !stock_vmread.has(field);
             let writes = !stock_vmwrite.has(field);
             let left_out = ext.left_out.has(number);
-            let learned = self.learner.learned().has(number)
+            let learned = shadowed.has(number)
                 && !(writes && !left_out)
                 && (ext.segments && field.is_segment()
                     || ext.fields.push(number, field, Use::Learned));
@@ -585,7 +679,7 @@ impl Memory {
             // the same value; a write of a learned field leaves no trace then. Always taking them is what the SDM wants.
             let pdptes = !self.checking
                 && Vmcs12::from_hook(pages.vmcs12).has_pae_paging()
-                && !self.learner.learned().is_empty();
+                && !self.shadowed().is_empty();
             if (changed || pdptes) && vcpu.fetch_late_fields() {
                 vcpu.mark_vmcs12_dirty();
             }

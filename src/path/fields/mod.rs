@@ -69,6 +69,7 @@ pub(super) const PATH: Path = Path {
         HookId::HANDLE_VMWRITE,
         HookId::SYNC_VMCS02,
         HookId::FREE_NESTED,
+        HookId::HANDLE_VMPTRLD,
     ],
     guest_hooks: &[],
     extra_hooks: &[],
@@ -207,6 +208,8 @@ extern "C" fn mtk_on_sync_shadow(vcpu: *mut bindings::kvm_vcpu, _cont: Continuat
             unsafe { memory.withdraw(vcpu, &mut local.regions, count, &counters.fields) };
             return None;
         }
+        // SAFETY: KVM is about to use the shadow VMCS, at the same place, with vmcs01 current.
+        unsafe { memory.explore(vcpu) };
         memory.obey(vcpu);
         memory.switched();
         if memory.must_rebuild(mode == Mode::Check) {
@@ -226,6 +229,22 @@ extern "C" fn mtk_on_sync_shadow(vcpu: *mut bindings::kvm_vcpu, _cont: Continuat
     match handled {
         Some(Some(())) => Verdict::handled(0),
         _ => Verdict::STOCK,
+    }
+}
+
+/// L1 executes a VMPTRLD that stock code carries out: makes the vCPU's extension, so that what L1 writes to its first VMCS does not
+/// exit any more.
+#[cold]
+pub(super) fn prepare(raw: *mut bindings::kvm_vcpu) {
+    // SAFETY: The hooked function's own argument.
+    let vcpu = unsafe { Vcpu::from_hook(raw) };
+    let able = mode() != Mode::Off
+        && vcpu.vmxon()
+        && vcpu.vmcs01_is_loaded()
+        && !vcpu.evmcs_is_mapped()
+        && vcpu.pages().is_some();
+    if able {
+        make_room(vcpu, HookId::HANDLE_VMPTRLD);
     }
 }
 

@@ -272,6 +272,9 @@ pub(in crate::path) fn note_vmwrite(vcpu: Vcpu, encoding: Option<u64>) {
 #[inline(always)]
 pub(in crate::path) fn suspect(vcpu: Vcpu, local: &mut Local, before: u64) {
     let (page, known) = (vcpu.shadow_page_address(), &mut local.l2fields.known);
+    if !known.is_known() {
+        return;
+    }
     if before == page || vcpu.current_vmptr() == page {
         known.forget();
     } else {

@@ -23,6 +23,7 @@ use crate::{
     policy::{
         learn::{Config, Learner},
         masks::Words,
+        set::Set,
     },
 };
 use kernel::{new_spinlock, prelude::*, sync::SpinLock};
@@ -174,10 +175,11 @@ impl Memory {
             }
         }
         let guard = t.quiet.lock();
-        let numbers = t.fields.all().map(|e| e.number);
+        let mut numbers = Set::EMPTY;
+        t.fields.all().for_each(|e| numbers.insert(e.number));
         // SAFETY: Nothing is served while lists change, so what this shadow VMCS holds is of no use; the vCPU is loaded in
         // all handlers that come here.
-        t.in_region = unsafe { region::prove(t.shadow.as_ptr(), vcpu.loaded_vmcs(), numbers) };
+        t.in_region = unsafe { region::prove(t.shadow.as_ptr(), vcpu.loaded_vmcs(), &numbers) };
         drop(guard);
         self.stale = false;
     }

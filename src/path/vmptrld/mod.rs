@@ -371,6 +371,7 @@ extern "C" fn mtk_on_handle_vmptrld(raw: *mut bindings::kvm_vcpu, cont: Continua
     let verdict = handle(raw, HookId::HANDLE_VMPTRLD, cont, act);
     if !loaded || !verdict.is_handled() {
         copies::forget(raw);
+        fields::prepare(raw);
     }
     verdict
 }
