@@ -594,7 +594,7 @@ impl Memory {
             let writes = !stock_vmwrite.has(field);
             let left_out = ext.left_out.has(number);
             let learned = shadowed.has(number)
-                && !(writes && !left_out)
+                && (!writes || left_out)
                 && (ext.segments && field.is_segment()
                     || ext.fields.push(number, field, Use::Learned));
             if !learned && reads && !left_out {
