@@ -9,7 +9,7 @@
 # Exit status: 0 none failed, 1 some failed, 2 wrong usage, 4 all were skipped.
 
 here=$(cd -- "$(dirname -- "$0")" && pwd)
-all="load sysfs layout accounting kvm_reload coexist probe fuzz ept02 memory save_restore transport kvm_selftests stress smp pair alloc host kmemleak"
+all="load sysfs layout accounting kvm_reload coexist livepatch probe fuzz ept02 memory save_restore transport kvm_selftests stress smp pair alloc host kmemleak"
 
 case ${1:-} in
 -h | --help) sed -n '4,9s/^# \{0,1\}//p' "$0"; exit 0 ;;

@@ -3,7 +3,7 @@
 #
 # Our own parts, built in the root file system. The compilers' output is the cache's; the checkout stays clean.
 
-# use_builds: set TOOL, PAYLOAD, MODULE, GUEST_MODULE to where the builds for $KVER (or the kernel that looks for mistakes) and
+# use_builds: set TOOL, PAYLOAD, MODULE, TEST_MODULES, GUEST_MODULE to where the builds for $KVER (or the kernel that looks for mistakes) and
 # $GVER put them.
 use_builds() {
 	local target=$CACHE/target-$CHECKOUT/x86_64-unknown-linux-gnu/release
@@ -15,6 +15,7 @@ use_builds() {
 		MODULE_DIR=$CACHE/mod-$DVER-$(key "${DEBUG_DIR##*/}" "$CHECKOUT" layout-1)
 	fi
 	MODULE=$MODULE_DIR/matryoshka.ko
+	TEST_MODULES=$MODULE_DIR/test_modules
 	GUEST_MODULE_DIR=$CACHE/mod-$GVER-$(key "${GUEST_DIR##*/}" "$CHECKOUT" layout-1)
 	GUEST_MODULE=$GUEST_MODULE_DIR/matryoshka.ko
 }
@@ -45,24 +46,36 @@ build_tool() {
 	fi
 }
 
-# kbuild DIR OUTPUT RELEASE MAKE-ARGUMENT...: build the module against the tree DIR into OUTPUT.
+# kbuild DIR SOURCE OUTPUT RELEASE MAKE-ARGUMENT...: build the module in the directory SOURCE of the checkout against the tree DIR
+# into OUTPUT.
 kbuild() {
-	local dir=$1 output=$2 release=$3
+	local dir=$1 source=$2 output=$3 release=$4
 	local -a args=()
-	shift 3
+	shift 4
 	# Debian's release string is not derivable from its source tree; that of the guest kernel is.
 	[ -z "$release" ] || args+=("KERNELRELEASE=$release")
 	mkdir -p -- "$output"
 	# pahole leaves Rust's types out, and resolve_btfids fails on the empty rest: the module goes without BTF of its own.
-	kmake "/cache/${dir#"$CACHE/"}" "${args[@]}" M=/src MO="/cache/${output#"$CACHE/"}" \
+	kmake "/cache/${dir#"$CACHE/"}" "${args[@]}" M="/src$source" MO="/cache/${output#"$CACHE/"}" \
 		CONFIG_DEBUG_INFO_BTF_MODULES= "$@" modules
 }
 
-build_module_host() {
-	if [ -n "${MATRYOSHKA_DEBUG:-}" ]; then KERNEL_CC=${DEBUG_CC:-$KERNEL_CC} kbuild "$DEBUG_DIR/build" "$MODULE_DIR" '' "$@"
-	else kbuild "$KERNEL_DIR/build" "$MODULE_DIR" "$KVER" "$@"; fi
+# kbuild_host SOURCE OUTPUT MAKE-ARGUMENT...: for the kernel that is L0.
+kbuild_host() {
+	local source=$1 output=$2
+	shift 2
+	if [ -n "${MATRYOSHKA_DEBUG:-}" ]; then KERNEL_CC=${DEBUG_CC:-$KERNEL_CC} kbuild "$DEBUG_DIR/build" "$source" "$output" '' "$@"
+	else kbuild "$KERNEL_DIR/build" "$source" "$output" "$KVER" "$@"; fi
 }
-build_module_guest() { kbuild "$GUEST_DIR/build" "$GUEST_MODULE_DIR" '' "$@"; }
+
+# Beside the module, what selftests load: a livepatch, where the kernel knows of such.
+build_module_host() {
+	kbuild_host '' "$MODULE_DIR" "$@"
+	if [ -d "$PROJECT/selftests/test_modules" ] && grep -qx CONFIG_LIVEPATCH=y "${DEBUG_DIR:-$KERNEL_DIR}/build/.config"; then
+		kbuild_host /selftests/test_modules "$TEST_MODULES" "$@"
+	fi
+}
+build_module_guest() { kbuild "$GUEST_DIR/build" '' "$GUEST_MODULE_DIR" '' "$@"; }
 
 # in_build tool|host|guest [ARGUMENT...]: one build, its output going straight to the user.
 in_build() {

@@ -48,6 +48,7 @@ cmd_paths() {
 	assign TOOL "$TOOL"
 	assign PAYLOAD "$PAYLOAD"
 	assign MODULE "$MODULE"
+	assign TEST_MODULES "$TEST_MODULES"
 	assign GUEST_MODULE "$GUEST_MODULE"
 }
 
