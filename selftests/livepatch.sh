@@ -1,8 +1,8 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0
-# A livepatch takes functions over that the module hooks: every call reaches the patch, as it does without the module, the guest
-# sees no difference, and the module answers again when the patch is gone. Either may come first, and the patch may come and go
-# while guests run.
+# A livepatch takes functions of KVM over, some of which the module hooks: every call reaches the patch, as it does without the module, the
+# guest sees no difference, and the module answers again when the patch is gone. Either may come first, and the patch may come
+# and go while guests run.
 . "$(dirname "$0")/lib.sh"
 
 PATCH=$SELFTESTS/test_modules/mtk_livepatch.ko
@@ -13,11 +13,11 @@ at_end() { ! patched || unpatch; }
 
 patched() { [ -d /sys/module/mtk_livepatch ]; }
 
-# until COMMAND...: waits for tasks to go over to the patch or back, a minute at most.
+# until_true COMMAND...: waits for tasks to go over to the patch or back, a minute at most.
 until_true() {
-	for _second in $(seq 60); do
+	for _tenth in $(seq 600); do
 		! "$@" || return 0
-		sleep 1
+		sleep 0.1
 	done
 	echo "still not after a minute: $*"
 	return 1
@@ -48,8 +48,9 @@ answers() {
 	at_least taken $((_taken + 400)) "$(counter taken)"
 }
 
-livepatched() { grep -c ' livepatched ' "$SYS/hooks"; }
-none_livepatched() { equal livepatched 0 "$(livepatched)"; }
+waits() {
+	state_is 'waiting: livepatch mtk_livepatch changes KVM' && equal attached 0 "$(attached)"
+}
 
 # come_and_go N: the patch, N times.
 come_and_go() {
@@ -59,7 +60,7 @@ come_and_go() {
 	done
 }
 
-programs() { bench_test --tests fuzz --depth 1 --seed 1 --programs 50 --config stock,l0,check --log "$TMP/programs" --timeout 600; }
+programs() { bench_test --tests fuzz --depth 1 --seed 1 --programs 20 --config stock,l0,check --log "$TMP/programs" --timeout 600; }
 
 begin
 need_guest
@@ -71,29 +72,29 @@ check "the patch comes without the module" patch
 check "and counts calls" calls ops=hypercall:400
 cp "$TMP/calls" "$TMP/calls-stock"
 sed 's/^/# stock: /' "$TMP/calls-stock"
-functions=$(grep -c . "$TMP/calls-stock")
-check "of every function" equal functions "$functions" "$(grep -c ':[1-9]' "$TMP/calls-stock")"
+check "of every function" equal functions "$(grep -c . "$TMP/calls-stock")" "$(grep -c ':[1-9]' "$TMP/calls-stock")"
 check "the module comes second, all paths on" load paths=1
-check "it says so of each function" equal livepatched "$functions" "$(livepatched)"
+check "it stands back, and says why" waits
 check "every call reaches the patch" same_calls
-check "and in mode check" set_mode check
-check "as well" same_calls
-check "without a mismatch" equal mismatches 0 "$(mismatches)"
+check "a mode is taken down" set_mode check
+check "and waits" waits
+check "every call reaches the patch" same_calls
 set_mode on
 check "the patch goes" unpatch
-check "the module says so" none_livepatched
-check "and answers" answers
+check "the paths are on again" state_is active
+check "and answer" answers
 
 check "the patch comes second" patch
-check "every call reaches it" same_calls
+check "the module stands back" waits
+check "every call reaches the patch" same_calls
 check "the module goes first" unload
 check "which changes nothing" same_calls
 check "the patch goes" unpatch
 
 check "the module comes again" load paths=1
 check "guests run" guest 1 "$BUSY"
-keep_busy a
-check "the patch comes and goes while guests run" come_and_go 3
+keep_busy a 1 ops=hypercall:400
+check "the patch comes and goes while guests run" come_and_go "$(setting livepatch_rounds)"
 stop_busy
 check "no guest was lost" no_guest_lost
 check "without a mismatch" equal mismatches 0 "$(mismatches)"
@@ -103,6 +104,5 @@ check "the patch comes" patch
 check "random programs see the same under it" programs
 check "without and with the module" same_log "$TMP/programs/stock.log" "$TMP/programs/l0.log"
 check "and in mode check" same_log "$TMP/programs/stock.log" "$TMP/programs/check.log"
-check "without a mismatch" equal mismatches 0 "$(mismatches)"
 check "the patch goes" unpatch
 finish

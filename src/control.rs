@@ -7,7 +7,7 @@
 use crate::{
     alloc, bindings,
     hook::{self, AttachError, Attached, Function, HookId},
-    kvm, layout,
+    kvm, layout, livepatch,
     path::{self, checks, exits, nested_switch},
     policy::mode::Mode,
     state,
@@ -69,6 +69,8 @@ struct Control {
     trouble: [Option<Trouble>; path::COUNT],
     /// Exit accounting was asked for.
     accounting: bool,
+    /// A livepatch changes KVM.
+    patch: Option<livepatch::Name>,
     /// How often kvm_intel has gone.
     departures: u32,
     attached: [Option<Attached>; hook::COUNT],
@@ -81,6 +83,7 @@ kernel::sync::global_lock! {
         wanted: [Mode::Off; path::COUNT],
         trouble: [None; path::COUNT],
         accounting: false,
+        patch: None,
         departures: 0,
         attached: [const { None }; hook::COUNT],
     };
@@ -131,6 +134,7 @@ impl Control {
     /// The mode that a path can have now.
     fn effective(&self, number: usize) -> Mode {
         let possible = matches!(self.target, Target::Ready(_))
+            && self.patch.is_none()
             && self.trouble.get(number).is_some_and(Option::is_none);
         if possible {
             self.wanted.get(number).copied().unwrap_or(Mode::Off)
@@ -183,9 +187,32 @@ impl Control {
         Ok(())
     }
 
-    /// Makes hooks and modes what they should be. Off comes first and on comes last, so that no
-    /// handler ever finds a mode without the hooks that keep its state honest.
+    /// Makes hooks and modes what they should be.
     fn apply(&mut self) {
+        self.make_so();
+        // A patch that was not found, since whoever loads it does not see our sysfs, is known to ftrace.
+        if self.patch.is_none() && HookId::all().any(|id| self.is_attached(id) && id.livepatched())
+        {
+            self.patched(Some(livepatch::Name::UNKNOWN));
+            self.make_so();
+        }
+    }
+
+    /// Notes which livepatch changes KVM now, for `apply` to heed.
+    fn patched(&mut self, patch: Option<livepatch::Name>) {
+        match patch {
+            _ if self.patch == patch => {}
+            Some(name) => pr_notice!(
+                "livepatch {} changes KVM: all paths are off until it is gone\n",
+                Show(name)
+            ),
+            None => pr_notice!("no livepatch changes KVM any more\n"),
+        }
+        self.patch = patch;
+    }
+
+    /// Off comes first and on comes last, so that no handler ever finds a mode without the hooks that keep its state honest.
+    fn make_so(&mut self) {
         for (n, p) in path::PATHS.iter().enumerate() {
             if self.effective(n) != Mode::Off {
                 continue;
@@ -283,6 +310,12 @@ impl kernel::fmt::Display for Show<&kernel::str::CStr> {
     }
 }
 
+impl kernel::fmt::Display for Show<livepatch::Name> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}
+
 impl kernel::fmt::Display for Show<&layout::Mismatch> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self.0, f)
@@ -296,12 +329,14 @@ pub(crate) fn kvm_intel_came(fault: usize) -> Result {
     let _looking = LOOKING.lock();
     let departures = CONTROL.lock().departures;
     let found = look(fault);
+    let patch = livepatch::of_kvm();
     let mut control = CONTROL.lock();
     if control.departures != departures {
         // It is gone again, and the notifier tells of the next.
         return Ok(());
     }
     control.meet(found);
+    control.patched(patch);
     control.apply();
     if let Target::Refused(mismatch) = &control.target {
         pr_err!("{}\n", Show(mismatch));
@@ -311,6 +346,15 @@ pub(crate) fn kvm_intel_came(fault: usize) -> Result {
         });
     }
     Ok(())
+}
+
+/// Some module has come or gone, and with it a livepatch, perhaps.
+fn livepatches_changed() {
+    let _looking = LOOKING.lock();
+    let patch = livepatch::of_kvm();
+    let mut control = CONTROL.lock();
+    control.patched(patch);
+    control.apply();
 }
 
 /// kvm_intel is about to go (no vCPU is left): everything off, modes that were asked for kept.
@@ -337,7 +381,7 @@ fn unsupported() -> Error {
 }
 
 /// Asks for a mode. `EOPNOTSUPP` when the path cannot work here (its `state` says why); while
-/// kvm_intel is not loaded the wish is kept.
+/// kvm_intel is not loaded, or a livepatch changes KVM, the wish is kept.
 pub(crate) fn set_mode(number: usize, mode: Mode) -> Result {
     let mut control = CONTROL.lock();
     if mode != Mode::Off {
@@ -351,7 +395,8 @@ pub(crate) fn set_mode(number: usize, mode: Mode) -> Result {
     *control.wanted.get_mut(number).ok_or(EINVAL)? = mode;
     control.apply();
     let refused = matches!(control.target, Target::Refused(_));
-    let works = control.effective(number) == mode || matches!(control.target, Target::Absent);
+    let waits = matches!(control.target, Target::Absent) || control.patch.is_some();
+    let works = control.effective(number) == mode || waits;
     if refused || !works {
         if let Some(w) = control.wanted.get_mut(number) {
             *w = Mode::Off;
@@ -407,6 +452,10 @@ pub(crate) fn describe_path(number: usize, out: &mut dyn fmt::Write) -> fmt::Res
         (Target::Absent, _) => writeln!(out, "waiting: kvm_intel is not loaded"),
         (Target::Refused(mismatch), _) => writeln!(out, "unavailable: {mismatch}"),
         (Target::Ready(_), Some(trouble)) => writeln!(out, "unavailable: {trouble}"),
+        (Target::Ready(_), None) if control.patch.is_some() => {
+            let name = control.patch.unwrap_or(livepatch::Name::UNKNOWN);
+            writeln!(out, "waiting: livepatch {name} changes KVM")
+        }
         (Target::Ready(_), None) if control.effective(number) == Mode::Off => {
             writeln!(out, "ready")
         }
@@ -472,6 +521,8 @@ unsafe extern "C" fn module_event(
             bindings::module_state_MODULE_STATE_GOING => kvm_intel_goes(),
             _ => {}
         }
+    } else if event as bindings::module_state != bindings::module_state_MODULE_STATE_COMING {
+        livepatches_changed();
     }
     0 // NOTIFY_DONE
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Reads small files of sysfs from inside the kernel: BTF and other modules' parameters have no
+//! Reads small files and directories of sysfs from inside the kernel: BTF, other modules' parameters and the list of livepatches have no
 //! interface that is exported to modules.
 
 use crate::{alloc, bindings};
@@ -37,6 +37,62 @@ impl Drop for File {
         // SAFETY: Opened by `open` and closed only here.
         unsafe { bindings::filp_close(self.0, core::ptr::null_mut()) };
     }
+}
+
+/// Whether there is a file or directory `path` that can be opened.
+///
+/// Process context.
+pub(crate) fn exists(path: &CStr) -> bool {
+    File::open(path).is_ok()
+}
+
+/// What iterate_dir() hands to `found`.
+#[repr(C)]
+struct Lister<'a> {
+    context: bindings::dir_context,
+    found: &'a mut dyn FnMut(&[u8]),
+}
+
+/// # Safety
+///
+/// iterate_dir() calls this with the context of a `Lister`.
+unsafe extern "C" fn lister_actor(
+    context: *mut bindings::dir_context,
+    name: *const kernel::ffi::c_char,
+    length: kernel::ffi::c_int,
+    _offset: i64,
+    _inode: u64,
+    _kind: kernel::ffi::c_uint,
+) -> bool {
+    // SAFETY: The context is the first member of a `Lister` that `list` has borrowed for the call; the name has `length` bytes.
+    let (lister, name) = unsafe {
+        (
+            &mut *context.cast::<Lister<'_>>(),
+            core::slice::from_raw_parts(name.cast::<u8>(), usize::try_from(length).unwrap_or(0)),
+        )
+    };
+    (lister.found)(name);
+    true
+}
+
+/// Hands the names in the directory `path` to `found`, which must not open anything there; `.` and `..` are among them.
+///
+/// Process context. Errors are the kernel's for opening and reading it.
+pub(crate) fn list(path: &CStr, found: &mut dyn FnMut(&[u8])) -> Result {
+    let directory = File::open(path)?;
+    let mut lister = Lister {
+        context: bindings::dir_context {
+            actor: Some(lister_actor),
+            ..Default::default()
+        },
+        found,
+    };
+    // SAFETY: The file is open, and the context outlives the call. It is given by the address of the whole.
+    let ret = unsafe { bindings::iterate_dir(directory.0, (&raw mut lister).cast()) };
+    if ret < 0 {
+        return Err(Error::from_errno(ret));
+    }
+    Ok(())
 }
 
 /// The whole content of `path`.

@@ -13,6 +13,7 @@ mod hook;
 mod kfile;
 mod kvm;
 mod layout;
+mod livepatch;
 mod path;
 #[allow(
     dead_code,

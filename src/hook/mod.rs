@@ -269,15 +269,9 @@ impl HookId {
         self.hook().in_flight.load(Ordering::Relaxed)
     }
 
-    /// Whether a livepatch has taken any of these functions over.
-    #[inline(always)]
-    pub(crate) fn any_livepatched(ids: &[HookId]) -> bool {
-        BYPASSES.load(Ordering::Relaxed) != 0 && ids.iter().any(|id| id.livepatched())
-    }
-
-    /// Whether a livepatch has taken the function over, so that the stock answer is the patch's.
+    /// Whether a livepatch has taken the function over since it was hooked, or before.
     pub(crate) fn livepatched(self) -> bool {
-        self.hook().bypass.load(Ordering::Relaxed)
+        self.hook().livepatched.load(Ordering::Relaxed)
     }
 }
 
@@ -324,8 +318,8 @@ pub(crate) struct Continuation(usize);
 struct Hook {
     /// Tasks inside a section that may sleep.
     in_flight: AtomicU32,
-    /// A livepatch owns the function: handlers stand back.
-    bypass: AtomicBool,
+    /// A livepatch has taken the function over.
+    livepatched: AtomicBool,
     /// Address of the function, 0 while detached.
     address: AtomicUsize,
 }
@@ -333,14 +327,10 @@ struct Hook {
 static HOOKS: [Hook; COUNT] = [const {
     Hook {
         in_flight: AtomicU32::new(0),
-        bypass: AtomicBool::new(false),
+        livepatched: AtomicBool::new(false),
         address: AtomicUsize::new(0),
     }
 }; COUNT];
-
-/// How often a livepatch has come to one of the functions. Never goes down: it says no more than that each `bypass` has to be
-/// looked at.
-static BYPASSES: AtomicUsize = AtomicUsize::new(0);
 
 /// A section of a handler that may sleep; `detach` waits until all have ended.
 pub(crate) struct InFlight(HookId);
@@ -413,7 +403,7 @@ impl Attached {
         let mut ops = KBox::new(ops, GFP_KERNEL).map_err(|_| AttachError::NoMemory)?;
 
         let hook = id.hook();
-        hook.bypass.store(false, Ordering::Relaxed);
+        hook.livepatched.store(false, Ordering::Relaxed);
         hook.address.store(address, Ordering::Relaxed);
 
         // SAFETY: `ops` is zeroed but for `ops_func`, is not registered, and its box does not move.
@@ -513,8 +503,9 @@ pub(crate) fn settle() {
 }
 
 /// ftrace asks here when a livepatch (which changes the continuation) comes to or leaves a function
-/// that we have a direct call on. We share: the trampoline goes on wherever ftrace says, and
-/// handlers stand back so that every call reaches the patch.
+/// that we have a direct call on. We share: the trampoline goes on wherever ftrace says. Until the patch's module is loaded to
+/// its end, when `control` switches all paths off, handlers answer as the unpatched function would, as it is called by tasks that the patch has
+/// not reached yet.
 ///
 /// # Safety
 ///
@@ -524,7 +515,7 @@ unsafe extern "C" fn share_with_livepatch(
     _ip: usize,
     cmd: bindings::ftrace_ops_cmd,
 ) -> kernel::ffi::c_int {
-    let bypass = match cmd {
+    let livepatched = match cmd {
         bindings::ftrace_ops_cmd_FTRACE_OPS_CMD_ENABLE_SHARE_IPMODIFY_SELF
         | bindings::ftrace_ops_cmd_FTRACE_OPS_CMD_ENABLE_SHARE_IPMODIFY_PEER => true,
         bindings::ftrace_ops_cmd_FTRACE_OPS_CMD_DISABLE_SHARE_IPMODIFY_PEER => false,
@@ -533,10 +524,7 @@ unsafe extern "C" fn share_with_livepatch(
     // SAFETY: ftrace passes the ops that `attach` registered; `direct_call` holds our trampoline.
     let trampoline = unsafe { (*ops).direct_call };
     for id in HookId::all().filter(|id| id.trampoline() == trampoline) {
-        id.hook().bypass.store(bypass, Ordering::Relaxed);
-        if bypass {
-            BYPASSES.fetch_add(1, Ordering::Relaxed);
-        }
+        id.hook().livepatched.store(livepatched, Ordering::Relaxed);
     }
     0
 }

@@ -282,7 +282,7 @@ fn first_report(which: HookId) -> bool {
 /// The handler of the three checks of vmcs12.
 #[inline(always)]
 fn check<I: Inputs>(vcpu: Vcpu, vmcs12: Vmcs12, third: usize, cont: Continuation) -> Verdict {
-    if super::mode(NUMBER) == Mode::On && !I::HOOK.livepatched() {
+    if super::mode(NUMBER) == Mode::On {
         let hit = state::with(vcpu, |local, counters| {
             I::slot(local.checks.0.get(vcpu.current_vmptr())?)
                 .as_ref()
@@ -302,7 +302,6 @@ fn check<I: Inputs>(vcpu: Vcpu, vmcs12: Vmcs12, third: usize, cont: Continuation
 #[inline(always)]
 pub(super) fn guest_state_holds(vcpu: Vcpu, m: Vmcs12, memory: &mut Memory) -> bool {
     super::mode(NUMBER) == Mode::On
-        && !GuestState::HOOK.livepatched()
         && memory
             .0
             .get(vcpu.current_vmptr())
@@ -313,12 +312,11 @@ pub(super) fn guest_state_holds(vcpu: Vcpu, m: Vmcs12, memory: &mut Memory) -> b
 /// Whether `__vmx_guest_state_valid()` would say yes for an L2 in protected mode whose vmcs02 is loaded.
 #[inline(always)]
 pub(super) fn segments_hold(vcpu: Vcpu, memory: &mut Memory) -> bool {
-    !HookId::GUEST_STATE_VALID.livepatched()
-        && memory
-            .0
-            .get(vcpu.current_vmptr())
-            .and_then(|known| known.segments.as_ref())
-            .is_some_and(|was| vcpu.segments_are(was))
+    memory
+        .0
+        .get(vcpu.current_vmptr())
+        .and_then(|known| known.segments.as_ref())
+        .is_some_and(|was| vcpu.segments_are(was))
 }
 
 /// Counts what `guest_state_holds` and `segments_hold` have answered.
@@ -336,7 +334,7 @@ fn check_slowly<I: Inputs>(
     third: usize,
     cont: Continuation,
 ) -> Verdict {
-    if super::mode(NUMBER) == Mode::Off || I::HOOK.livepatched() {
+    if super::mode(NUMBER) == Mode::Off {
         return Verdict::STOCK;
     }
     let section = InFlight::enter(I::HOOK);
@@ -441,8 +439,7 @@ extern "C" fn mtk_on_guest_state_valid(
     // SAFETY: The hooked function's own argument, in its handler.
     let v = unsafe { Vcpu::from_hook(vcpu) };
     let mode = super::mode(NUMBER);
-    let hook = HookId::GUEST_STATE_VALID;
-    if mode == Mode::Off || hook.livepatched() || v.plain_protected_mode() != Some(true) {
+    if mode == Mode::Off || v.plain_protected_mode() != Some(true) {
         return Verdict::STOCK;
     }
     if mode == Mode::On {

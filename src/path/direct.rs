@@ -111,10 +111,10 @@ impl Memory {
     };
 }
 
-/// The path's mode, see `mode_unless_patched`.
+/// The path's mode.
 #[inline(always)]
 fn mode() -> Mode {
-    super::mode_unless_patched(NUMBER, &PATH)
+    super::mode(NUMBER)
 }
 
 /// Handler of kvm_tdp_page_fault(): an EPT violation of a guest whose memory KVM maps itself.

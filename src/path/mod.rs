@@ -93,17 +93,6 @@ pub(crate) fn mode(path: usize) -> Mode {
     Mode::from_number(number).unwrap_or(Mode::Off)
 }
 
-/// As `mode`; off while a livepatch has taken one of the path's functions over, so that the vCPUs go back to the
-/// stock code and to the patch.
-#[inline(always)]
-fn mode_unless_patched(number: usize, path: &Path) -> Mode {
-    if HookId::any_livepatched(path.hooks) {
-        Mode::Off
-    } else {
-        mode(number)
-    }
-}
-
 /// Puts a mode in force; `control` has made sure that the hooks fit.
 pub(crate) fn set_mode(path: usize, mode: Mode) {
     if let Some(m) = MODES.get(path) {

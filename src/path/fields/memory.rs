@@ -5,8 +5,8 @@ use super::{
     copies::Found,
     extension::{drops_reserved, Extension},
     knobs,
-    lists::{for_each_width, Bitmap, List, Part, Use},
-    BUDGET, STOCK,
+    lists::{Bitmap, Part, Use},
+    BUDGET,
 };
 use crate::{
     bindings,
@@ -219,15 +219,17 @@ impl Memory {
     unsafe fn get_late_fields(&mut self, vcpu: Vcpu, m: Vmcs12, count: &Counters) {
         let late = core::mem::replace(&mut self.late, Late::Unread);
         if !vcpu.has_late_fields() {
-        } else if late == Late::Read {
+            return;
+        }
+        if late == Late::Read {
             vcpu.have_late_fields();
-        } else {
-            // SAFETY: By this function's contract.
-            let fetched = unsafe { vcpu.fetch_late_fields() };
-            if let Late::Compare(sum) = late {
-                if fetched && sum != Vcpu::sum_of_late_fields(m) {
-                    report_late(count);
-                }
+            return;
+        }
+        // SAFETY: By this function's contract.
+        let fetched = unsafe { vcpu.fetch_late_fields() };
+        if let Late::Compare(sum) = late {
+            if fetched && sum != Vcpu::sum_of_late_fields(m) {
+                report_late(count);
             }
         }
     }
@@ -608,40 +610,6 @@ impl Memory {
         }
         self.stale = false;
         self.checking = check;
-    }
-
-    /// Puts into the shadow VMCS what was left out, for another who copies the whole stock list from it.
-    ///
-    /// # Safety
-    ///
-    /// As for `save`, after it and with preemption on.
-    #[cold]
-    #[allow(clippy::useless_conversion, reason = "one text for three widths")]
-    pub(super) unsafe fn complete(&mut self, pages: Pages, vcpu: Vcpu) {
-        let Some(ext) = self.extension.as_ref() else {
-            return;
-        };
-        let mut list = List::<STOCK>::EMPTY;
-        for (number, field) in (0..).zip(FIELDS) {
-            if ext.left_out.has(number) {
-                list.push(number, field, Use::Stock);
-            }
-        }
-        let base = pages.vmcs12.cast::<u8>();
-        let guard = ext.quiet.lock();
-        // SAFETY: As in `save`.
-        unsafe {
-            let shadow = vmx::physical(pages.shadow.cast());
-            if vmx::load_shadow(shadow) {
-                for_each_width!(list, Part::All, |e: Word| {
-                    let value = base.add(e.offset as usize).cast::<Word>().read_unaligned();
-                    vmx::vmwrite(u64::from(e.encoding), u64::from(value));
-                });
-                vmx::vmclear(shadow);
-            }
-            vmx::vmptrld(vcpu.loaded_vmcs());
-        }
-        drop(guard);
     }
 
     /// Brings vmcs12 up to date, so that the next entry of L1 copies it to the shadow VMCS.

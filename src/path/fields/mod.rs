@@ -104,10 +104,10 @@ enum Reason {
     Evmcs,
 }
 
-/// The path's mode, see `mode_unless_patched`.
+/// The path's mode.
 #[inline(always)]
 fn mode() -> Mode {
-    super::mode_unless_patched(NUMBER, &PATH)
+    super::mode(NUMBER)
 }
 
 /// Gives the vCPU back to the stock code.
@@ -157,8 +157,6 @@ extern "C" fn mtk_on_copy_shadow(vmx: *mut bindings::vcpu_vmx, _cont: Continuati
     // SAFETY: The hooked function's own argument; kvm_vcpu is the first member of vcpu_vmx.
     let vcpu = unsafe { Vcpu::from_hook(vmx.cast()) };
     let mode = mode();
-    // Asked once: who copies the stock list below must find what was left out of it.
-    let livepatched = HookId::COPY_SHADOW.livepatched();
     let handled = state::with(vcpu, |local, counters| {
         let memory = &mut local.fields;
         let extended = counters.fields.is_extended() && vcpu.vmcs01_is_loaded();
@@ -167,9 +165,7 @@ extern "C" fn mtk_on_copy_shadow(vmx: *mut bindings::vcpu_vmx, _cont: Continuati
         // SAFETY: KVM is about to do the same, at the same place.
         unsafe {
             memory.save_quietly(vcpu, pages, count);
-            if livepatched {
-                memory.complete(pages, vcpu);
-            } else if vcpu.enters_l2() {
+            if vcpu.enters_l2() {
                 memory.enter_l2(pages);
             }
         }
@@ -177,8 +173,6 @@ extern "C" fn mtk_on_copy_shadow(vmx: *mut bindings::vcpu_vmx, _cont: Continuati
         Some(())
     });
     match handled {
-        // A livepatch must run as well; what it copies is the same as in vmcs12.
-        Some(Some(())) if livepatched => {}
         Some(Some(())) => return Verdict::handled(0),
         _ if mode != Mode::Off && vcpu.vmcs01_is_loaded() => make_room(vcpu, HookId::COPY_SHADOW),
         _ => {}

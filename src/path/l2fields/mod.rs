@@ -121,10 +121,10 @@ impl Shared {
     }
 }
 
-/// The path's mode, see `mode_unless_patched`.
+/// The path's mode.
 #[inline(always)]
 fn mode() -> Mode {
-    super::mode_unless_patched(NUMBER, &PATH)
+    super::mode(NUMBER)
 }
 
 fn publish(local: &Local, shared: &CounterSet) {

@@ -11,7 +11,7 @@
 use super::mode;
 use crate::{
     bindings,
-    hook::{Continuation, HookId, Verdict},
+    hook::{Continuation, Verdict},
     kvm::Vcpu,
     path::{CounterSet, Local},
     policy::mode::Mode,
@@ -64,7 +64,7 @@ impl Memory {
     #[cold]
     unsafe fn open(&mut self, vcpu: Vcpu, counters: &CounterSet) {
         // Anew, in the handler's section, for which a thread waits that has just switched the path off.
-        if mode(HookId::LOAD_HOST_STATE) != Mode::On {
+        if mode() != Mode::On {
             return;
         }
         counters.fields.note_thread();
@@ -114,7 +114,7 @@ extern "C" fn mtk_on_vcpu_run(
     // SAFETY: The hooked function's own argument, in its handler.
     let vcpu = unsafe { Vcpu::from_hook(raw) };
     super::vpids::before_run(vcpu);
-    if vcpu.host_owns_debugctl() || mode(HookId::VCPU_RUN) != Mode::On {
+    if vcpu.host_owns_debugctl() || mode() != Mode::On {
         close(vcpu);
     }
     Verdict::STOCK

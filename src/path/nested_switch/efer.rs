@@ -60,7 +60,7 @@ extern "C" fn mtk_on_set_efer(
 ) -> Verdict {
     // SAFETY: The hooked function's own argument, in its handler.
     let vcpu = unsafe { Vcpu::from_hook(raw) };
-    match mode(HOOK) {
+    match mode() {
         Mode::Off => return Verdict::STOCK,
         Mode::Check => (),
         Mode::On => {

@@ -35,17 +35,6 @@ mod plain {
     /// How many vmcs12s per vCPU are remembered.
     const WAYS: usize = 4;
 
-    /// The functions that are hooked and not called here.
-    const REPLACED: &[HookId] = &[
-        HOOK,
-        HookId::GET_PAGES,
-        HookId::CHECK_GUEST_STATE,
-        HookId::GUEST_STATE_VALID,
-        HookId::SET_EFER,
-        HookId::INIT_MMU,
-        HookId::NEW_EPTP,
-    ];
-
     /// What is kept for one vCPU, by the address of the vmcs12.
     pub(crate) struct Memory(Ways<Known, WAYS>);
 
@@ -63,11 +52,7 @@ mod plain {
     /// The part's mode.
     #[inline(always)]
     fn mode() -> Mode {
-        if HookId::any_livepatched(REPLACED) {
-            Mode::Off
-        } else {
-            path::mode(NUMBER)
-        }
+        path::mode(NUMBER)
     }
 
     /// Enters L2 if it is one for us. `Err`: nothing has changed.

@@ -8,7 +8,6 @@
 
 use super::{mismatch, takes_detour, Memory as All, Reason, NUMBER};
 use crate::{
-    hook::HookId,
     kvm::{mmu::EptState, Vcpu},
     path::{CounterSet, Counters, Local},
     policy::{entry::MBEC, mode::Mode},
@@ -79,7 +78,7 @@ pub(super) fn put(all: &mut All, vcpu: Vcpu, count: &Counters) -> Option<()> {
 /// afterwards.
 #[inline(always)]
 pub(in crate::path) fn prime(local: &mut Local, vcpu: Vcpu, counters: &CounterSet) -> bool {
-    match super::mode(HookId::NEW_EPTP) {
+    match super::mode() {
         Mode::Off => false,
         Mode::Check => true,
         Mode::On => put(&mut local.nested_switch, vcpu, counters.path::<NUMBER>()).is_none(),

@@ -72,7 +72,7 @@ extern "C" fn mtk_on_load_host_state(
 ) -> Verdict {
     // SAFETY: The hooked function's own arguments, in its handler.
     let (vcpu, m) = unsafe { (Vcpu::from_hook(raw), Vmcs12::from_hook(vmcs12)) };
-    match mode(HOOK) {
+    match mode() {
         Mode::Off => return Verdict::STOCK,
         Mode::Check => (),
         Mode::On => {

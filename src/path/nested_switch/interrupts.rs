@@ -26,7 +26,7 @@ static REPORTED: AtomicBool = AtomicBool::new(false);
 /// vCPUs that have never entered an L2 have no state and are left alone.
 #[inline(always)]
 fn ask(vcpu: Vcpu, hook: HookId, none: impl Fn() -> bool, cont: Continuation) -> Verdict {
-    match mode(hook) {
+    match mode() {
         Mode::Off => Verdict::STOCK,
         Mode::On => {
             let answer = state::with(vcpu, |local, counters| {

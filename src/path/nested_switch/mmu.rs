@@ -58,7 +58,7 @@ extern "C" fn mtk_on_init_mmu(raw: *mut bindings::kvm_vcpu, cont: Continuation) 
     // SAFETY: The hooked function's own argument. A vCPU of another kind (TDX) never gets
     // a state, and until then nothing is read that is not in every `struct kvm_vcpu`.
     let vcpu = unsafe { Vcpu::from_hook(raw) };
-    let mode = mode(HOOK);
+    let mode = mode();
     if mode == Mode::On {
         let hit = state::with(vcpu, |local, counters| {
             let memory = &mut local.nested_switch;

@@ -234,14 +234,10 @@ pub(super) fn sends_away(memory: &mut Memory, counters: &CounterSet) -> bool {
     takes_detour(&mut memory.detour, counters.path::<NUMBER>())
 }
 
-/// The mode of the part at `hook`.
+/// The path's mode.
 #[inline(always)]
-fn mode(hook: HookId) -> Mode {
-    if hook.livepatched() {
-        Mode::Off
-    } else {
-        super::mode(NUMBER)
-    }
+fn mode() -> Mode {
+    super::mode(NUMBER)
 }
 
 /// Whether the vCPU has a state. One is made when L2 runs for the first time: then the vCPU is one of kvm_intel's, and

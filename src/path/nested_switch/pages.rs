@@ -336,7 +336,7 @@ extern "C" fn mtk_on_get_pages(raw: *mut bindings::kvm_vcpu, cont: Continuation)
     }
     // Reading L1's bitmap may sleep.
     let section = InFlight::enter(HOOK);
-    let done = match mode(HOOK) {
+    let done = match mode() {
         Mode::Off => None,
         Mode::Check => Some(Err(Reason::Detour)),
         Mode::On => state::with(vcpu, |local, counters| {
@@ -379,7 +379,7 @@ fn get_slowly(
     cont: Continuation,
     reason: Reason,
 ) -> Verdict {
-    let checking = mode(HOOK) == Mode::Check;
+    let checking = mode() == Mode::Check;
     let stamp = vcpu.memory_stamp();
     state::with(vcpu, |local, counters| {
         let memory = &mut local.nested_switch.pages;
@@ -475,8 +475,7 @@ fn note(vcpu: Vcpu, memory: &mut Memory, count: &Counters) {
 #[inline(always)]
 pub(crate) fn exited(vcpu: Vcpu) {
     // Only within KVM_RUN, whose end lets go of them.
-    if mode(HOOK) != Mode::On || vcpu.guest_mode() || !vcpu.has_pinned_pages() || !vcpu.is_in_run()
-    {
+    if mode() != Mode::On || vcpu.guest_mode() || !vcpu.has_pinned_pages() || !vcpu.is_in_run() {
         return;
     }
     // What is kept from now on the path's `drain` has to see.
@@ -484,7 +483,7 @@ pub(crate) fn exited(vcpu: Vcpu) {
     state::with(vcpu, |local, counters| {
         let memory = &mut local.nested_switch.pages;
         let usable =
-            mode(HOOK) == Mode::On && memory.stamp.is_some_and(|stamp| vcpu.has_slots_of(stamp));
+            mode() == Mode::On && memory.stamp.is_some_and(|stamp| vcpu.has_slots_of(stamp));
         if usable {
             let mut keep = |use_: Use, n: usize| {
                 let Some(map) = vcpu.pinned_page(use_) else {

@@ -209,7 +209,7 @@ extern "C" fn mtk_on_flush_guest(raw: *mut bindings::kvm_vcpu, _cont: Continuati
     let flushed = state::with(vcpu, |local: &mut Local, counters| {
         let memory = &mut local.nested_switch;
         let count = counters.path::<NUMBER>();
-        match mode(HOOK) {
+        match mode() {
             Mode::On if vcpu.vmxon() && !takes_detour(&mut memory.detour, count) => {
                 // SAFETY: In this very handler.
                 match unsafe { memory.vpids.flush(vcpu, counters) } {

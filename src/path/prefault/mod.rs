@@ -137,10 +137,10 @@ impl Memory {
     };
 }
 
-/// The path's mode, see `mode_unless_patched`.
+/// The path's mode.
 #[inline(always)]
 fn mode() -> Mode {
-    super::mode_unless_patched(NUMBER, &PATH)
+    super::mode(NUMBER)
 }
 
 /// Handler of ept_page_fault(): an EPT violation of L2, or of an access to its memory by KVM itself.

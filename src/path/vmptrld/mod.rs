@@ -104,10 +104,10 @@ impl Shared {
     }
 }
 
-/// The path's mode, see `mode_unless_patched`.
+/// The path's mode.
 #[inline(always)]
 fn mode() -> Mode {
-    super::mode_unless_patched(NUMBER, &PATH)
+    super::mode(NUMBER)
 }
 
 /// Whether the vCPU is in a state that this path knows. To act, the path `fields` must not be in mode `check`.

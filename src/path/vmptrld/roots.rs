@@ -56,7 +56,7 @@ impl OldRoots {
     pub(super) fn keep(&mut self, vcpu: Vcpu) {
         if !vcpu.has_guest_mmu_roots() {
             *self = Self::NONE;
-        } else if HookId::NEW_EPTP.is_attached() && !HookId::NEW_EPTP.livepatched() {
+        } else if HookId::NEW_EPTP.is_attached() {
             *self = Self {
                 kept: true,
                 ..Self::NONE
