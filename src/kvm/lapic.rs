@@ -49,7 +49,11 @@ impl Lapic {
     /// Whether none of the 256 bits from a register on is set.
     #[inline(always)]
     fn is_clear(self, first: usize) -> bool {
-        (0..8).fold(0, |bits, n| bits | self.register(first + 0x10 * n)) == 0
+        let mut bits = 0;
+        for n in 0..8 {
+            bits |= self.register(first + 0x10 * n);
+        }
+        bits == 0
     }
 
     #[inline(always)]

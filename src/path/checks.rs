@@ -301,22 +301,29 @@ fn check<I: Inputs>(vcpu: Vcpu, vmcs12: Vmcs12, third: usize, cont: Continuation
 /// Whether the check of the guest state would pass: its inputs are those with which it last did. May sleep.
 #[inline(always)]
 pub(super) fn guest_state_holds(vcpu: Vcpu, m: Vmcs12, memory: &mut Memory) -> bool {
-    super::mode(NUMBER) == Mode::On
-        && memory
-            .0
-            .get(vcpu.current_vmptr())
-            .and_then(|known| known.guest_state.as_ref())
-            .is_some_and(|was| was.unchanged(vcpu, m) && GuestState::memory_is_good(vcpu, m))
+    if super::mode(NUMBER) != Mode::On {
+        return false;
+    }
+    // No closures here and below: those are not always inlined.
+    match memory.0.get(vcpu.current_vmptr()) {
+        Some(Remembered {
+            guest_state: Some(was),
+            ..
+        }) => was.unchanged(vcpu, m) && GuestState::memory_is_good(vcpu, m),
+        _ => false,
+    }
 }
 
 /// Whether `__vmx_guest_state_valid()` would say yes for an L2 in protected mode whose vmcs02 is loaded.
 #[inline(always)]
 pub(super) fn segments_hold(vcpu: Vcpu, memory: &mut Memory) -> bool {
-    memory
-        .0
-        .get(vcpu.current_vmptr())
-        .and_then(|known| known.segments.as_ref())
-        .is_some_and(|was| vcpu.segments_are(was))
+    match memory.0.get(vcpu.current_vmptr()) {
+        Some(Remembered {
+            segments: Some(was),
+            ..
+        }) => vcpu.segments_are(was),
+        _ => false,
+    }
 }
 
 /// Counts what `guest_state_holds` and `segments_hold` have answered.

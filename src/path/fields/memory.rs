@@ -450,7 +450,7 @@ impl Memory {
     /// # Safety
     ///
     /// As for `save`, with vmcs01 current and vmcs12 up to date.
-    #[inline]
+    #[inline(always)]
     pub(super) unsafe fn restore(
         &mut self,
         vcpu: Vcpu,

@@ -305,22 +305,31 @@ impl Plan {
 /// As for `plan`, whose result `plan` is, with vmcs02 loaded; KVM has let go of its pages at the last exit.
 #[inline(always)]
 pub(super) unsafe fn give(vcpu: Vcpu, memory: &mut Memory, plan: &Plan) {
-    let mut give = |use_: Use, n: usize| {
-        let place = plan.places[n];
-        if let (Some(map), Some(address)) = (memory.slot(place), plan.wanted[n]) {
-            // SAFETY: `find` has chosen a page that is kept and has this address by a look-up that would come out the same
-            // now.
-            unsafe { vcpu.give_page(use_, map, address) };
-            memory.kept &= !(1 << place);
-        }
-    };
     // Spelt out: each use is known to the compiler.
-    give(Use::ApicAccess, 0);
-    give(Use::VirtualApic, 1);
-    give(Use::PostedInterrupts, 2);
+    // SAFETY: By this function's contract.
+    unsafe {
+        give_one::<0>(vcpu, memory, plan, Use::ApicAccess);
+        give_one::<1>(vcpu, memory, plan, Use::VirtualApic);
+        give_one::<2>(vcpu, memory, plan, Use::PostedInterrupts);
+    }
     memory.lent = plan.places;
     memory.last = plan.places;
     memory.own_bitmap |= plan.bitmap;
+}
+
+/// One page of `give`, the one of number `N` in the plan.
+///
+/// # Safety
+///
+/// As for `give`.
+#[inline(always)]
+unsafe fn give_one<const N: usize>(vcpu: Vcpu, memory: &mut Memory, plan: &Plan, what: Use) {
+    let place = plan.places[N];
+    if let (Some(map), Some(address)) = (memory.slot(place), plan.wanted[N]) {
+        // SAFETY: `find` has chosen a page that is kept and has this address by a look-up that would come out the same now.
+        unsafe { vcpu.give_page(what, map, address) };
+        memory.kept &= !(1 << place);
+    }
 }
 
 /// Handler of nested_get_vmcs12_pages().
