@@ -110,12 +110,11 @@ fn mode() -> Mode {
     super::mode(NUMBER)
 }
 
-/// Whether the vCPU is in a state that this path knows. To act, the path `fields` must not be in mode `check`.
+/// Whether the vCPU is in a state that this path knows; L2 runs with vmcs02. To act, the path `fields` must not be in mode `check`.
 fn is_able(vcpu: Vcpu, counters: &CounterSet) -> bool {
     counters.fields.is_extended()
         && vcpu.vmxon()
         && vcpu.vmcs01_is_loaded()
-        && !vcpu.guest_mode()
         && !vcpu.evmcs_is_mapped()
         && vcpu.pages().is_some()
 }
@@ -252,11 +251,11 @@ fn handle(
         if mode == Mode::Off || local.regions.images != (mode == Mode::Check) {
             // SAFETY: KVM is about to carry out an instruction of L1.
             unsafe { evict_all(vcpu, local, counters) };
+            local.regions.images = false;
         }
         if mode != Mode::On {
             return false;
         }
-        local.regions.images = false;
         let count = counters.path::<NUMBER>();
         match act(vcpu, local, counters) {
             Ok(()) => {
