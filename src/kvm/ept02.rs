@@ -40,6 +40,9 @@ pub(crate) struct PageFault {
     pub(crate) prefetch: bool,
     /// Level of the entry that was made, 1 for a page of 4 KiB.
     pub(crate) level: u8,
+    /// EPT12 and the host have a large page there, of which a part was mapped because L2 executes in it
+    /// (`disallowed_hugepage_adjust()`).
+    pub(crate) is_split: bool,
 }
 
 impl PageFault {
@@ -53,6 +56,7 @@ impl PageFault {
             gpa: fault.addr,
             prefetch: fault.prefetch,
             level: fault.goal_level,
+            is_split: fault.req_level > fault.goal_level,
         }
     }
 }

@@ -10,6 +10,10 @@
 //! Looking costs something even where there is nothing to fill: a hypervisor in the guest that maps eight pages at each fault of
 //! its own guest has faults that follow on one another, and nothing beyond them. So a fill in vain sends the window back to
 //! [`MIN`], and it does not grow for the next fault, then for the next three, and so on up to [`LONGEST`].
+//!
+//! A table may stand for a large page, of EPT12 and of the host, that the processor gets in small ones only because L2 executes
+//! in it (NX huge pages). All of it is there, and stock KVM would have mapped it at once but for that. So faults in such tables have a
+//! window of their own, [`Window::whole`], which begins with the whole table and of which only little use takes anything away.
 
 /// Entries in a table.
 const TABLE: u64 = 512;
@@ -53,6 +57,8 @@ pub struct Window {
     /// Faults for which the window does not grow, and how many they were after the last fill in vain.
     pause: u8,
     last_pause: u8,
+    /// Faults that do not follow on one another say nothing.
+    steady: bool,
 }
 
 impl Default for Window {
@@ -70,7 +76,16 @@ impl Window {
             next: 0,
             pause: 0,
             last_pause: 0,
+            steady: false,
         }
+    }
+
+    /// For tables that stand for large pages.
+    pub const fn whole() -> Self {
+        let mut this = Self::new();
+        this.log2 = MAX;
+        this.steady = true;
+        this
     }
 
     /// Entries that the next fill has at most.
@@ -111,7 +126,7 @@ impl Window {
             self.pause -= 1;
         } else if self.follows(page) {
             self.grow(limit);
-        } else if self.fills.iter().any(|fill| fill.count != 0) {
+        } else if !self.steady && self.fills.iter().any(|fill| fill.count != 0) {
             self.shrink();
         }
         self.log2 = self.log2.clamp(MIN, limit.clamp(MIN, MAX));

@@ -110,6 +110,29 @@ fn scattered_touches_cost_nothing() {
 }
 
 #[test]
+fn a_large_page_is_filled_at_once() {
+    let mut guest = Guest {
+        window: Window::whole(),
+        ..Guest::default()
+    };
+    // An odd stride: each page once, and none beside the one before.
+    (0..4096u64).for_each(|n| guest.touch(n * 1037 % 4096));
+    assert_eq!(guest.faults, 4096 / 512);
+}
+
+#[test]
+fn of_large_pages_that_are_hardly_used_less_is_filled() {
+    let mut guest = Guest {
+        window: Window::whole(),
+        ..Guest::default()
+    };
+    // One page of each table.
+    (0..200).for_each(|table| guest.touch(table * 512 + table * 37 % 512));
+    assert_eq!(guest.window.size(), 1 << MIN);
+    assert!(guest.mapped.len() < 512 * 17, "{}", guest.mapped.len());
+}
+
+#[test]
 fn two_streams_at_once() {
     let mut guest = Guest::default();
     for page in 0..2048 {

@@ -258,8 +258,14 @@ fn count(counters: &Counters, out: &Outcome) {
     }
 }
 
-/// L0 has served a fault of L2 at `gpa` with a page of 4 KiB: fills around it. May sleep.
-pub(super) fn around(vcpu: Vcpu, memory: &mut Memory, counters: &CounterSet, gpa: u64) {
+/// L0 has served a fault of L2 at `gpa` with a page of 4 KiB: fills around it. `is_split`: of a large one. May sleep.
+pub(super) fn around(
+    vcpu: Vcpu,
+    memory: &mut Memory,
+    counters: &CounterSet,
+    gpa: u64,
+    is_split: bool,
+) {
     let counters = counters.path::<NUMBER>();
     if vcpu.in_smm() {
         counters.fall_back(Reason::Unusual as usize);
@@ -268,17 +274,22 @@ pub(super) fn around(vcpu: Vcpu, memory: &mut Memory, counters: &CounterSet, gpa
     let root = vcpu.ept12_root();
     if core::mem::replace(&mut memory.root, root) != root {
         memory.window.other_tables();
+        memory.whole.other_tables();
     }
-    let (block, due) = memory.window.fault(gpa >> 12, super::limit());
+    let window = match is_split {
+        true => &mut memory.whole,
+        false => &mut memory.window,
+    };
+    let (block, due) = window.fault(gpa >> 12, super::limit());
     // In a guest accessed flags say nothing: what is filled has them.
     if due.count != 0 && !kvm::runs_on_hypervisor() {
         if let Some((used, present)) = used(vcpu, &due) {
-            memory.window.judge(used, present);
+            window.judge(used, present);
         }
     }
     if block.count > 1 << MIN {
         let out = fill(vcpu, &block, gpa >> 12, false);
-        memory.window.filled(out.filled, out.wanting + out.missed);
+        window.filled(out.filled, out.wanting + out.missed);
         count(counters, &out);
     }
 }
@@ -302,7 +313,7 @@ pub(super) fn awaited(vcpu: Vcpu, memory: &mut Memory, set: &CounterSet, gpa: u6
     }
     // More than the one page: L1 maps ahead, too.
     if out.filled > PREFETCH / 2 {
-        around(vcpu, memory, set, gpa);
+        around(vcpu, memory, set, gpa, false);
     }
 }
 

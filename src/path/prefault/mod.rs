@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! EPT02 is filled before L2 faults on it.
 //!
-//! Two occasions. After L0 has served an EPT violation of L2, entries around the one that was missing are filled as
+//! On two occasions. After L0 has served an EPT violation of L2, entries around the one that was missing are filled as
 //! well, as far as EPT12 maps them already and the host has the pages in memory (`policy::window` says how many).
 //! After L0 has reflected an EPT violation to L1, L1 maps the page and resumes L2, which would fault again: the
 //! entry is filled on that resumption.
@@ -119,6 +119,8 @@ enum Reason {
 /// What the path remembers about a vCPU.
 pub(crate) struct Memory {
     window: Window,
+    /// The same for tables that stand for large pages.
+    whole: Window,
     /// The root of EPT12 that it was used on last.
     root: u64,
     /// The page of the fault that L1 was told of last, and the root of EPT12 that it was on; (0, 0) for none.
@@ -131,6 +133,7 @@ impl Memory {
     /// Nothing yet.
     pub(crate) const NEW: Memory = Memory {
         window: Window::new(),
+        whole: Window::whole(),
         root: 0,
         awaited: (0, 0),
         chance: Detour::NEW,
@@ -181,7 +184,13 @@ extern "C" fn mtk_on_ept_page_fault(
         let mode = mode();
         if fixed && fault.level == 1 {
             match mode {
-                Mode::On => fill::around(vcpu, &mut local.prefault, counters, fault.gpa),
+                Mode::On => fill::around(
+                    vcpu,
+                    &mut local.prefault,
+                    counters,
+                    fault.gpa,
+                    fault.is_split,
+                ),
                 Mode::Check => fill::compare(vcpu, counters, fault.gpa),
                 Mode::Off => {}
             }
