@@ -77,6 +77,7 @@
 	CALL(set_spte, kvm, mmu_set_spte, 7)				\
 	CALL(release_dirty, kvm, kvm_release_page_dirty, 1)		\
 	CALL(tdp_mmu_map, kvm, kvm_tdp_mmu_map, 2)			\
+	CALL(ept_page_fault, kvm, ept_page_fault, 2)			\
 	CALL(new_pgd, kvm, kvm_mmu_new_pgd, 2)				\
 	CALL(unmap, kvm, kvm_vcpu_unmap, 2)				\
 	CALL(set_intercept, kvm_intel, vmx_set_intercept_for_msr, 4)	\

@@ -105,7 +105,8 @@ pub(crate) fn with<R>(
 ) -> Option<R> {
     let state = find(vcpu.key())?;
     // SAFETY: `vcpu` proves that this is the vCPU's thread with its mutex held, and `f` cannot get
-    // here again for the same vCPU: of KVM it calls only functions that end in no handler which looks at the state.
+    // here again for the same vCPU: of KVM it calls only functions that end in no handler which looks at the state
+    // (ept_page_fault() does in one, which turns a prefetch away before).
     Some(f(unsafe { &mut *state.local.get() }, &state.counters))
 }
 

@@ -7,6 +7,7 @@ pub(crate) mod efer;
 #[cfg(MTK_GVA_WALK)]
 pub(crate) mod entry;
 pub(crate) mod ept02;
+pub(crate) mod ept12;
 pub(crate) mod fields;
 pub(crate) mod guest_memory;
 pub(crate) mod host_pages;

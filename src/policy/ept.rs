@@ -78,3 +78,29 @@ pub fn follows(before: u64, entry: u64, reserved: u64) -> bool {
     // No carry out of the address.
     entry == before.wrapping_add(1 << 12) && entry & ADDRESS != 0 && entry & ADDRESS & reserved == 0
 }
+
+/// Where an entry leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// To a table, at this guest-physical address.
+    Table(u64),
+    /// To a page, of the size that the level has, at this address.
+    Page(u64),
+}
+
+/// Where `entry`, of a table of this level, leads an access, with accessed and dirty flags on. `None` if it is not present, or if following
+/// it would set a flag: one that was never accessed, or a page that is to be written and is not dirty.
+///
+/// This is about flags alone. Whether the entry grants the access, and is one at all, is for who follows it to say.
+#[inline]
+pub fn step(entry: u64, level: u32, write: bool) -> Option<Step> {
+    const LARGE: u64 = 1 << 7;
+    if entry & (READ | WRITE | EXEC) == 0 || entry & ACCESSED == 0 {
+        return None;
+    }
+    let address = entry & ADDRESS;
+    if level > 1 && (entry & LARGE == 0 || level > 3) {
+        return Some(Step::Table(address));
+    }
+    (!write || entry & DIRTY != 0).then_some(Step::Page(address))
+}

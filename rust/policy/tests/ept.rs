@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! `policy::ept` against the rules of SDM volume 3, 30.3 and of KVM's prefetching, spelt out another way.
 
-use policy::ept::{follows, page, Page, Rights};
+use policy::ept::{follows, page, step, Page, Rights, Step};
 use proptest::prelude::*;
 
 const RIGHTS: Rights = Rights {
@@ -83,5 +83,17 @@ proptest! {
         }
         prop_assert!(plain <= (edge || follows(entry, next, reserved)));
         prop_assert!(!follows(entry, next ^ (1 << 8), reserved) && !follows(entry, entry, reserved));
+    }
+
+    /// What is followed has all flags that a walk would set, and leads where the entry says.
+    #[test]
+    fn following_sets_no_flag(entry: u64, level in 1u32..=5, write: bool) {
+        let accessed = entry & 1 << 8 != 0;
+        let dirty = entry & 1 << 9 != 0;
+        let leaf = level == 1 || level <= 3 && entry & 1 << 7 != 0;
+        let may = entry & 7 != 0 && accessed && (!leaf || !write || dirty);
+        let to = entry & 0x000f_ffff_ffff_f000;
+        let want = if leaf { Step::Page(to) } else { Step::Table(to) };
+        prop_assert_eq!(step(entry, level, write), may.then_some(want));
     }
 }

@@ -306,7 +306,22 @@ pub(super) fn awaited(vcpu: Vcpu, memory: &mut Memory, set: &CounterSet, gpa: u6
         first: page & !(PREFETCH as u64 - 1),
         count: PREFETCH as u16,
     };
-    let out = fill(vcpu, &near, page, true);
+    let mut out = fill(vcpu, &near, page, true);
+    // Stock has no table there yet, or there is to be a large page.
+    let asked = match (out.reason, memory.reflected) {
+        (Some(Reason::NoTable), Some(fault)) if !kvm::runs_on_hypervisor() => {
+            fault.ask_again(vcpu, vcpu.ept12_root())
+        }
+        _ => None,
+    };
+    if let Some(made) = asked {
+        out.reason = None;
+        out.filled = 1;
+        out.hit = true;
+        if made.level == 1 {
+            around(vcpu, memory, set, gpa, made.is_split);
+        }
+    }
     count(counters, &out);
     if out.hit {
         counters.saved_exits.bump();

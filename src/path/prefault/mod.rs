@@ -22,7 +22,7 @@ use super::{CounterSet, Local, Path};
 use crate::{
     bindings,
     hook::{CallId, Continuation, HookId, InFlight, Verdict},
-    kvm::{ept02::PageFault, Vcpu},
+    kvm::{ept02::PageFault, ept12::Reflected, Vcpu},
     policy::{
         detour::{Detour, Rate},
         knob,
@@ -48,6 +48,7 @@ pub(super) const PATH: Path = Path {
         CallId::READ_GUEST_ATOMIC,
         CallId::TOPUP_MMU_CACHES,
         CallId::GFN_TO_MEMSLOT,
+        CallId::EPT_PAGE_FAULT,
         CallId::PREFETCH_SPTES,
         CallId::RELEASE_DIRTY,
         CallId::VM_GFN_TO_MEMSLOT,
@@ -125,6 +126,8 @@ pub(crate) struct Memory {
     root: u64,
     /// The page of the fault that L1 was told of last, and the root of EPT12 that it was on; (0, 0) for none.
     awaited: (u64, u64),
+    /// That fault.
+    reflected: Option<Reflected>,
     /// When to walk all of EPT02.
     chance: Detour,
 }
@@ -136,6 +139,7 @@ impl Memory {
         whole: Window::whole(),
         root: 0,
         awaited: (0, 0),
+        reflected: None,
         chance: Detour::NEW,
     };
 }
@@ -163,8 +167,9 @@ extern "C" fn mtk_on_ept_page_fault(
     // SAFETY: This handler's continuation and the hooked function's own arguments.
     let value = unsafe { section.call_stock(cont, [vcpu.key(), fault as usize, 0]) };
     let verdict = Verdict::handled(value);
+    let ptr = fault;
     // SAFETY: The handler has just run, and its caller owns the structure.
-    let fault = unsafe { PageFault::from_hook(fault) };
+    let fault = unsafe { PageFault::from_hook(ptr) };
     if root == 0 || fault.prefetch {
         return verdict;
     }
@@ -176,6 +181,8 @@ extern "C" fn mtk_on_ept_page_fault(
         // Reflected: stock has gone over to L1.
         state::with(vcpu, |local, _| {
             local.prefault.awaited = (fault.gpa & !0xfff, root);
+            // SAFETY: As above.
+            local.prefault.reflected = Some(unsafe { Reflected::copy(vcpu, ptr) });
         });
         return verdict;
     }
