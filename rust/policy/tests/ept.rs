@@ -88,9 +88,9 @@ proptest! {
     /// What is followed has all flags that a walk would set, and leads where the entry says.
     #[test]
     fn following_sets_no_flag(entry: u64, level in 1u32..=5, write: bool) {
-        let accessed = entry & 1 << 8 != 0;
-        let dirty = entry & 1 << 9 != 0;
-        let leaf = level == 1 || level <= 3 && entry & 1 << 7 != 0;
+        let accessed = entry & (1 << 8) != 0;
+        let dirty = entry & (1 << 9) != 0;
+        let leaf = level == 1 || level <= 3 && entry & (1 << 7) != 0;
         let may = entry & 7 != 0 && accessed && (!leaf || !write || dirty);
         let to = entry & 0x000f_ffff_ffff_f000;
         let want = if leaf { Step::Page(to) } else { Step::Table(to) };
