@@ -353,6 +353,11 @@ fn livepatches_changed() {
     let _looking = LOOKING.lock();
     let patch = livepatch::of_kvm();
     let mut control = CONTROL.lock();
+    // That nothing is found says nothing of a patch that never was: to try would be to run beside it.
+    let hidden = patch.is_none() && control.patch == Some(livepatch::Name::UNKNOWN);
+    if hidden || control.patch == patch {
+        return;
+    }
     control.patched(patch);
     control.apply();
 }
@@ -385,7 +390,10 @@ fn unsupported() -> Error {
 pub(crate) fn set_mode(number: usize, mode: Mode) -> Result {
     let mut control = CONTROL.lock();
     if mode != Mode::Off {
-        // An attachment that failed may work now.
+        // A patch that cannot be found may be gone, and an attachment that failed may work now.
+        if control.patch == Some(livepatch::Name::UNKNOWN) {
+            control.patch = None;
+        }
         if let Some(t) = control.trouble.get_mut(number) {
             if matches!(t, Some(Trouble::Attach(..))) {
                 *t = None;
@@ -395,7 +403,8 @@ pub(crate) fn set_mode(number: usize, mode: Mode) -> Result {
     *control.wanted.get_mut(number).ok_or(EINVAL)? = mode;
     control.apply();
     let refused = matches!(control.target, Target::Refused(_));
-    let waits = matches!(control.target, Target::Absent) || control.patch.is_some();
+    let fits = matches!(control.trouble.get(number), Some(None));
+    let waits = matches!(control.target, Target::Absent) || (fits && control.patch.is_some());
     let works = control.effective(number) == mode || waits;
     if refused || !works {
         if let Some(w) = control.wanted.get_mut(number) {

@@ -22,7 +22,7 @@ pub(crate) struct Name {
 }
 
 impl Name {
-    /// A patch of which no more is known.
+    /// A patch that was not found here, and is known by ftrace.
     pub(crate) const UNKNOWN: Name = Name {
         bytes: [0; LENGTH],
         length: 0,
@@ -80,7 +80,7 @@ pub(crate) fn of_kvm() -> Option<Name> {
     // A kernel without livepatches does not have the directory.
     found.ok()?;
     if count > MOST {
-        return Some(Name::UNKNOWN);
+        return Some(Name::new(b"one of too many"));
     }
     let names = names.iter().take(count).copied();
     names

@@ -5,10 +5,12 @@ use super::{ept02::PageFault, host_pages::Pages, vcpu::read, Vcpu};
 use crate::{
     bindings,
     hook::CallId,
-    policy::ept::{self, Step},
+    policy::{
+        ept::{self, Step},
+        reach::ADDRESS,
+    },
 };
 
-const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 /// Bit 6 of EPTP: accessed and dirty flags are on (SDM volume 3, 26.6.11). Bits 5:3 are the number of levels, less one.
 const FLAGS_ON: u64 = 1 << 6;
 

@@ -13,7 +13,7 @@
 #[cfg(MTK_GVA_WALK)]
 mod plain {
     use super::super::{
-        ensure, ept_mmu, host_state, mismatch, pages, takes_detour, Memory as Switch, Reason,
+        ensure, ept_mmu, host_state, mismatch, mode, pages, takes_detour, Memory as Switch, Reason,
         NUMBER,
     };
     use crate::{
@@ -23,7 +23,7 @@ mod plain {
             entry::{Derived, Entry},
             Vcpu, Vmcs12,
         },
-        path::{self, checks, vmptrld::roots, CounterSet, Local},
+        path::{checks, vmptrld::roots, CounterSet, Local},
         policy::{mode::Mode, ways::Ways},
         state, tracepoint,
     };
@@ -47,12 +47,6 @@ mod plain {
         pub(crate) fn clear(&mut self) {
             self.0.clear();
         }
-    }
-
-    /// The part's mode.
-    #[inline(always)]
-    fn mode() -> Mode {
-        path::mode(NUMBER)
     }
 
     /// Enters L2 if it is one for us. `Err`: nothing has changed.
