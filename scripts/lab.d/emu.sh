@@ -15,7 +15,7 @@ use_emu() {
 	[ -x "$SCRIPTS/emulator/build" ] || return 0
 	mapfile -t inputs < <(cd "$SCRIPTS/emulator" && find "$PWD/build" "$PWD/SHA256SUMS" "$PWD/patches" \
 		"$PWD/instrument" -type f 2>/dev/null | sort; find "$SCRIPTS/emulator" -maxdepth 1 -name '*.c' | sort)
-	EMU_DIR=$CACHE/emu-$(key "${inputs[@]}" layout-1 ${MATRYOSHKA_EMULATOR:+"$MATRYOSHKA_EMULATOR"})
+	EMU_DIR=$CACHE/emu-$(key "${inputs[@]}" layout-2 ${MATRYOSHKA_EMULATOR:+"$MATRYOSHKA_EMULATOR"})
 }
 
 # fetch_emu: set EMU_DL to where there are the firmware packages, and the upstream tarball as Debian has it. Its checksum is
@@ -81,7 +81,13 @@ build_emu() {
 	mark_ready "$EMU_DIR"
 }
 
-# emu_permille LOG: the recipe builds two programs and says how far each is.
-emu_permille() {
-	awk '/building bochs: / { p = $(NF - 3) * 5 } /building bochs-prof: / { p = 500 + $(NF - 3) * 5 } END { print p + 0 }' "$1"
+# has_profiler: whether there is the instrumented emulator as well, or cannot be (Debian's own has none).
+has_profiler() { [ -x "$EMU_DIR/bochs-prof" ] || [ -e "$EMU_DIR/unpatched" ]; }
+
+# build_profiler: the instrumented emulator, which only profiles need.
+build_profiler() {
+	has_profiler || enter /src scripts/emulator/build "/cache/${EMU_DIR##*/}" /cache/dl bochs-prof
 }
+
+# emu_permille LOG: the recipe says how far it is.
+emu_permille() { awk '/building bochs(-prof)?: / { p = $(NF - 3) * 10 } END { print p + 0 }' "$1"; }

@@ -5,7 +5,7 @@
 
 # Seconds and log lines were measured on two cores of a small virtual machine.
 plan_setup() {
-	local refresh=$1
+	local refresh=$1 profiler=$2
 	ready "$ROOT" || { step "root file system" make_root 60 0; refresh=; }
 	if [ -n "$refresh" ]; then step "package lists" refresh_lists 8 0; fi
 	# Which kernel it is can only be told once there are package lists.
@@ -19,7 +19,8 @@ plan_setup() {
 		step "$MATRYOSHKA_DEBUG kernel" debug_known 600 2400
 	fi
 	use_emu
-	if [ -n "$EMU_DIR" ] && ! ready "$EMU_DIR"; then step "emulator" build_emu 180 emu_permille; fi
+	if [ -n "$EMU_DIR" ] && ! ready "$EMU_DIR"; then step "emulator" build_emu 95 emu_permille; fi
+	if [ -n "$EMU_DIR" ] && [ -n "$profiler" ] && ! has_profiler; then step "emulator for profiles" build_profiler 110 emu_permille; fi
 	if [ -f "$PROJECT/rust/Cargo.lock" ] &&
 	   [ "$(cat -- "$CACHE/cargo/.fetched" 2>/dev/null)" != "$(key "$PROJECT/rust/Cargo.lock")" ]; then
 		step "crates" crates 15 0
@@ -45,9 +46,9 @@ guest_known()   { known; use_guest; build_guest; }
 debug_known()   { known; use_debug "$MATRYOSHKA_DEBUG"; build_debug; }
 crates()        { mkdir -p -- "$CACHE/cargo"; fetch_crates; }
 
-# in_setup REFRESH: runs as root of private namespaces; the lock is held by our caller.
+# in_setup REFRESH PROFILER: runs as root of private namespaces; the lock is held by our caller.
 in_setup() {
-	local refresh=${1:-} started=$SECONDS
+	local refresh=${1:-} profiler=${2:-} started=$SECONDS
 	trap 'exit 130' INT
 	trap 'exit 143' TERM
 	find_root
@@ -63,7 +64,7 @@ in_setup() {
 	fi
 	# A kernel that cannot be had is better told now than after the steps before it.
 	if [ -n "${KERNEL:-}" ] && ready "$ROOT" && [ ! -f "$KERNEL_DIR/vmlinuz" ]; then resolve; fi
-	plan_setup "$refresh"
+	plan_setup "$refresh" "$profiler"
 	if [ ${#STEP_NAME[@]} -eq 0 ]; then
 		known
 		say "lab: everything is there (kernel $KVER)"
@@ -75,12 +76,13 @@ in_setup() {
 }
 
 cmd_setup() {
-	local refresh=''
+	local refresh='' profiler=''
 	while [ $# -gt 0 ]; do
 		case $1 in
 		--kernel) [ -n "${2:-}" ] || usage_error "--kernel takes a version"; export KERNEL=$2; shift 2 ;;
 		--kernel=*) export KERNEL=${1#*=}; shift ;;
 		--refresh) refresh=1; shift ;;
+		--profiler) profiler=1; shift ;;
 		*) usage_error "setup: no such option: $1" ;;
 		esac
 	done
@@ -98,5 +100,5 @@ cmd_setup() {
 	take_lock "$lock"
 	find_root
 	if ! ready "$ROOT"; then need_space 15; else need_space 3; fi
-	ns_run --int "$LAB" __setup "$refresh"
+	ns_run --int "$LAB" __setup "$refresh" "$profiler"
 }

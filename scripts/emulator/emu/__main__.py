@@ -346,7 +346,7 @@ def main():
         fail("profiles are unavailable: the emulator is Debian's bochs package, which cannot make them (Documentation/lab.md, \"The fall-back\")")
     binary = os.path.join(args.emulator, "bochs-prof" if args.prof else "bochs")
     if not os.access(binary, os.X_OK):
-        fail(f"{binary} is missing: run scripts/lab setup")
+        fail(f"{binary} is missing: run scripts/lab setup" + (" --profiler" if args.prof else ""))
     root = paths.get("ROOT", "/").rstrip("/")
     line = "console=ttyS0,115200 loglevel=5 nokaslr panic=0"
     environment = {"MATRYOSHKA_RANDOM": str(args.random)}

@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 from . import __main__ as emu
-from . import locks
+from . import locks, package
 from .demangle import readable
 from .symbols import Symbols
 
@@ -292,12 +292,23 @@ def arguments():
     return args
 
 
+def has_profiler(args):
+    """Whether the instrumented emulator is there, or is not for us to make."""
+    directory = args.emulator or emu.lab_paths(args)["EMU"]
+    return bool(args.emulator) or package.used(directory) or os.access(os.path.join(directory, "bochs-prof"), os.X_OK)
+
+
 def record(args):
     """Runs it on the instrumented emulator; returns its status."""
     command = args.command or f"matryoshka bench --profile {shlex.quote(args.op)} --depth {args.depth} --config {shlex.quote(args.config)}"
     if os.path.isdir(args.out):
         shutil.rmtree(args.out)
     os.makedirs(args.out)
+    if not has_profiler(args):
+        lab = [os.path.join(emu.PROJECT, "scripts", "lab"), "setup", "--profiler"]
+        status = subprocess.run(lab + (["--kernel", args.kernel] if args.kernel else []), check=False).returncode
+        if status:
+            return status
     run = [sys.executable, "-m", "emu", "run"]
     for name in ("kernel", "kernel_tree", "emulator", "busybox"):
         if getattr(args, name):
