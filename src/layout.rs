@@ -32,7 +32,7 @@ macro_rules! expect {
 }
 
 /// Every structure that the module reads or writes, with the members that it touches.
-static EXPECTED: &[Expected] = &expect! {
+const EXPECTED: &[Expected] = &expect! {
     vcpu_vmx {
         vcpu, vt, rflags, vmcs01, loaded_vmcs, rmode, segment_cache, nested, guest_uret_msrs,
         guest_uret_msrs_loaded,
@@ -177,12 +177,13 @@ pub(crate) fn check(fault: usize) -> Result<Prototypes, Mismatch> {
         Blob::new(&intel).ok_or(Mismatch::Malformed(KVM_INTEL))?,
     );
 
-    for (number, want) in (1..).zip(EXPECTED) {
-        let name = want.name.as_bytes();
-        let found = (intel.structure(name))
-            .or_else(|| kvm.structure(name))
-            .or_else(|| kvm.kernel_structure(name))
-            .ok_or(Mismatch::Missing(want.name))?;
+    let name = |number: usize| EXPECTED.get(number).map_or(&b""[..], |e| e.name.as_bytes());
+    let mut found = [None; EXPECTED.len()];
+    intel.structures(name, &mut found);
+    kvm.structures(name, &mut found);
+    kvm.kernel_structures(name, &mut found);
+    for ((number, want), found) in (1..).zip(EXPECTED).zip(found) {
+        let found = found.ok_or(Mismatch::Missing(want.name))?;
         let size = if fault == number {
             want.size + 8
         } else {

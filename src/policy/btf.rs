@@ -160,23 +160,47 @@ impl<'a> Btf<'a> {
             Some(in_split) => self.split.strings.get(in_split..),
         };
         let Some(tail) = tail else { return false };
-        tail.get(..name.len()) == Some(name) && tail.get(name.len()) == Some(&0)
+        // Most differ in length.
+        tail.get(name.len()) == Some(&0) && tail.get(..name.len()) == Some(name)
     }
 
-    fn find(&self, records: Records<'a>, name: &[u8]) -> Option<Structure<'_, 'a>> {
-        let mut records = records;
-        let record = records.find(|r| r.kind() == KIND_STRUCT && self.name_is(r.name, name))?;
-        Some(Structure { btf: self, record })
+    /// The module's own structures of these names, in their places in `found`, where nothing is yet; a place stays empty if there is
+    /// none. `name` gives the name that a place is for.
+    ///
+    /// One structure at a time would mean a pass over all types for each.
+    pub fn structures<'b, 'n>(
+        &'b self,
+        name: impl Fn(usize) -> &'n [u8],
+        found: &mut [Option<Structure<'b, 'a>>],
+    ) {
+        self.find(self.split.records(), name, found);
     }
 
-    /// The structure `name` of the module itself; `None` when it has none.
-    pub fn structure(&self, name: &[u8]) -> Option<Structure<'_, 'a>> {
-        self.find(self.split.records(), name)
+    /// The same among the kernel's, which has many more.
+    pub fn kernel_structures<'b, 'n>(
+        &'b self,
+        name: impl Fn(usize) -> &'n [u8],
+        found: &mut [Option<Structure<'b, 'a>>],
+    ) {
+        self.find(self.base.records(), name, found);
     }
 
-    /// The structure `name` of the kernel, which has many more.
-    pub fn kernel_structure(&self, name: &[u8]) -> Option<Structure<'_, 'a>> {
-        self.find(self.base.records(), name)
+    fn find<'b, 'n>(
+        &'b self,
+        records: Records<'a>,
+        name: impl Fn(usize) -> &'n [u8],
+        found: &mut [Option<Structure<'b, 'a>>],
+    ) {
+        if found.iter().all(Option::is_some) {
+            return;
+        }
+        for record in records.filter(|r| r.kind() == KIND_STRUCT) {
+            for (number, slot) in found.iter_mut().enumerate() {
+                if slot.is_none() && self.name_is(record.name, name(number)) {
+                    *slot = Some(Structure { btf: self, record });
+                }
+            }
+        }
     }
 
     /// How many arguments each of these functions of the module takes: `name` gives the name of the function that a
@@ -212,6 +236,7 @@ impl<'a> Btf<'a> {
 }
 
 /// A structure in BTF.
+#[derive(Clone, Copy)]
 pub struct Structure<'b, 'a> {
     btf: &'b Btf<'a>,
     record: Record<'a>,
@@ -299,6 +324,18 @@ mod tests {
         (base, split)
     }
 
+    fn structure<'b, 'a>(btf: &'b Btf<'a>, name: &[u8]) -> Option<Structure<'b, 'a>> {
+        let mut found = [None];
+        btf.structures(|_| name, &mut found);
+        found[0]
+    }
+
+    fn kernel_structure<'b, 'a>(btf: &'b Btf<'a>, name: &[u8]) -> Option<Structure<'b, 'a>> {
+        let mut found = [None];
+        btf.kernel_structures(|_| name, &mut found);
+        found[0]
+    }
+
     fn args(btf: &Btf, name: &[u8]) -> Option<usize> {
         let mut found = [Some(99)];
         btf.function_args(|_| name, &mut found);
@@ -309,15 +346,15 @@ mod tests {
     fn reads_split_types_over_the_base() {
         let (base, split) = sample();
         let btf = Btf::new(Blob::new(&base).unwrap(), Blob::new(&split).unwrap());
-        let pair = btf.structure(b"pair").unwrap();
+        let pair = structure(&btf, b"pair").unwrap();
         assert_eq!(pair.size(), 8);
         assert_eq!(pair.offset_of(b"a"), Some(0));
         assert_eq!(pair.offset_of(b"b"), Some(4));
         assert_eq!(pair.offset_of(b"c"), None);
         assert_eq!(args(&btf, b"f"), Some(2));
         assert_eq!(args(&btf, b"g"), None);
-        assert!(btf.structure(b"pai").is_none());
-        assert!(btf.kernel_structure(b"pair").is_none());
+        assert!(structure(&btf, b"pai").is_none());
+        assert!(kernel_structure(&btf, b"pair").is_none());
         let mut both = [None; 2];
         btf.function_args(|n| [&b"f"[..], b"f"][n], &mut both);
         assert_eq!(both, [Some(2); 2]);
@@ -373,13 +410,13 @@ mod tests {
         let known = newer(&types, &layout);
         let btf = Btf::new(base, Blob::new(&known).unwrap());
         // The split strings start at offset 7.
-        assert!(btf.structure(b"s").is_none());
+        assert!(structure(&btf, b"s").is_none());
         let alone = Btf::new(Blob::new(&known).unwrap(), base);
-        assert_eq!(alone.kernel_structure(b"s").map(|s| s.size()), Some(16));
+        assert_eq!(kernel_structure(&alone, b"s").map(|s| s.size()), Some(16));
 
         let unknown = newer(&types, &layout[..80]);
         let stopped = Btf::new(Blob::new(&unknown).unwrap(), base);
-        assert!(stopped.kernel_structure(b"s").is_none());
+        assert!(kernel_structure(&stopped, b"s").is_none());
     }
 
     #[test]
@@ -391,7 +428,7 @@ mod tests {
         let blob_bytes = blob(&types, b"\0s\0");
         let empty = blob(&[], b"");
         let btf = Btf::new(Blob::new(&blob_bytes).unwrap(), Blob::new(&empty).unwrap());
-        assert_eq!(btf.kernel_structure(b"s").map(|s| s.size()), Some(24));
+        assert_eq!(kernel_structure(&btf, b"s").map(|s| s.size()), Some(24));
     }
 
     #[test]
@@ -402,7 +439,7 @@ mod tests {
                 continue;
             };
             let btf = Btf::new(Blob::new(&base).unwrap(), short);
-            let _ = btf.structure(b"pair").map(|s| s.offset_of(b"b"));
+            let _ = structure(&btf, b"pair").map(|s| s.offset_of(b"b"));
             let _ = args(&btf, b"f");
         }
     }

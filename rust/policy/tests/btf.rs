@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The BTF reader against blobs that are made up, and against blobs that are broken.
 
-use policy::btf::{Blob, Btf};
+use policy::btf::{Blob, Btf, Structure};
 use proptest::prelude::*;
 
 /// A type in a made-up blob. Types that the reader must only step over are one variant.
@@ -150,6 +150,15 @@ fn named(mut list: Vec<Type>, mark: &str) -> Vec<Type> {
     list
 }
 
+fn structure<'b, 'a>(btf: &'b Btf<'a>, name: &[u8], kernel: bool) -> Option<Structure<'b, 'a>> {
+    let mut found = [None];
+    match kernel {
+        false => btf.structures(|_| name, &mut found),
+        true => btf.kernel_structures(|_| name, &mut found),
+    }
+    found[0]
+}
+
 fn args_of(btf: &Btf<'_>, name: &[u8]) -> Option<usize> {
     let mut found = [Some(99)];
     btf.function_args(|_| name, &mut found);
@@ -165,16 +174,8 @@ fn compare(btf: &Btf<'_>, types: &[Type], kernel: bool) -> Result<(), TestCaseEr
                 size,
                 members,
             } => {
-                let (found, other) = match kernel {
-                    false => (
-                        btf.structure(name.as_bytes()),
-                        btf.kernel_structure(name.as_bytes()),
-                    ),
-                    true => (
-                        btf.kernel_structure(name.as_bytes()),
-                        btf.structure(name.as_bytes()),
-                    ),
-                };
+                let found = structure(btf, name.as_bytes(), kernel);
+                let other = structure(btf, name.as_bytes(), !kernel);
                 prop_assert!(other.is_none());
                 prop_assert!(found.is_some(), "{} is lost", name);
                 let found = found.unwrap();
@@ -188,7 +189,7 @@ fn compare(btf: &Btf<'_>, types: &[Type], kernel: bool) -> Result<(), TestCaseEr
             }
             Type::Func { name, args } => {
                 prop_assert_eq!(args_of(btf, name.as_bytes()), (!kernel).then_some(*args));
-                prop_assert!(btf.structure(name.as_bytes()).is_none());
+                prop_assert!(structure(btf, name.as_bytes(), false).is_none());
             }
             Type::Filler { .. } => {}
         }
@@ -201,9 +202,9 @@ fn poke(base: &[u8], split: &[u8]) {
     if let (Some(base), Some(split)) = (Blob::new(base), Blob::new(split)) {
         let btf = Btf::new(base, split);
         for name in [&b""[..], b"b0", b"s0", b"s1", b"s10", b"\xff\0"] {
-            for s in [btf.structure(name), btf.kernel_structure(name)]
+            for s in [false, true]
                 .into_iter()
-                .flatten()
+                .filter_map(|kernel| structure(&btf, name, kernel))
             {
                 let _ = (s.size(), s.offset_of(b"m0"), s.offset_of(b""));
             }
@@ -223,6 +224,21 @@ proptest! {
         let btf = Btf::new(Blob::new(&low).unwrap(), Blob::new(&high).unwrap());
         compare(&btf, &base, true)?;
         compare(&btf, &split, false)?;
+        // All at once as well, and what is there already stays.
+        let names: Vec<&[u8]> = split
+            .iter()
+            .filter_map(|ty| match ty {
+                Type::Struct { name, .. } => Some(name.as_bytes()),
+                _ => None,
+            })
+            .collect();
+        let mut all = vec![None; names.len()];
+        btf.structures(|n| names[n], &mut all);
+        prop_assert!(all.iter().all(Option::is_some));
+        btf.kernel_structures(|_| b"b0", &mut all);
+        for (name, one) in names.iter().zip(&all) {
+            prop_assert_eq!(one.unwrap().size(), structure(&btf, name, false).unwrap().size());
+        }
     }
 
     #[test]

@@ -18,7 +18,10 @@ fuzz_target!(|data: &[u8]| {
     };
     let btf = Btf::new(base, split);
     for name in [&b"vcpu_vmx"[..], b"kvm", b"nested_vmx_check_controls", b""] {
-        for s in [btf.structure(name), btf.kernel_structure(name)].into_iter().flatten() {
+        let mut found = [None; 4];
+        btf.structures(|_| name, &mut found[..2]);
+        btf.kernel_structures(|_| name, &mut found[2..]);
+        for s in found.into_iter().flatten() {
             let _ = (s.size(), s.offset_of(b"vcpu"), s.offset_of(b""));
         }
         btf.function_args(|_| name, &mut [None; 3]);
