@@ -350,22 +350,11 @@ impl Leaf<'_> {
         buffer: &'b mut [MaybeUninit<u64>; N],
     ) -> Option<&'b [u64]> {
         let count = range.len();
-        if count > N || range.end > ENTRIES || self.translations.is_null() {
+        if self.translations.is_null() {
             return None;
         }
-        let args = [
-            self.vcpu.key(),
-            ((self.gfn << PAGE_SHIFT) as usize) + range.start * 8,
-            buffer.as_mut_ptr() as usize,
-            count * 8,
-        ];
-        // SAFETY: As KVM's ept_gpte_changed() calls it; the buffer has room for as much, and the page is not left.
-        let ret = unsafe { CallId::READ_GUEST_ATOMIC.call(args) }?;
-        if ret as i32 != 0 {
-            return None;
-        }
-        // SAFETY: 0 says that `count` entries were written, of which any value is one.
-        Some(unsafe { core::slice::from_raw_parts(buffer.as_ptr().cast::<u64>(), count) })
+        let first = (self.gfn << PAGE_SHIFT) + range.start as u64 * 8;
+        self.vcpu.read_entries(first, buffer.get_mut(..count)?)
     }
 
     /// `kvm_mmu_prefetch_sptes()`: maps the pages from `gfn` of L1's memory at `index` and after, as many as the host

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! EPT12, the table that L1 made for L2, as far as KVM may be asked to follow it ahead of an access.
 
-use super::{ept02::PageFault, host_pages::Pages, vcpu::read, Vcpu};
+use super::{ept02::PageFault, guest_memory, host_pages::Pages, vcpu::read, Vcpu};
 use crate::{
     bindings,
     hook::CallId,
@@ -10,6 +10,7 @@ use crate::{
         reach::ADDRESS,
     },
 };
+use core::mem::MaybeUninit;
 
 /// Bit 6 of EPTP: accessed and dirty flags are on (SDM volume 3, 26.6.11). Bits 5:3 are the number of levels, less one.
 const FLAGS_ON: u64 = 1 << 6;
@@ -94,18 +95,32 @@ impl Vcpu {
         None
     }
 
-    /// Eight bytes of L1's memory, without sleeping.
     fn read_entry(self, gpa: u64) -> Option<u64> {
-        let mut entry = 0u64;
+        let mut entry = [MaybeUninit::uninit()];
+        self.read_entries(gpa, &mut entry)?.first().copied()
+    }
+
+    /// Reads as many entries of a table of EPT12 as there is room for, from an address of L1 on, without sleeping; `None` if
+    /// they cannot be read now, or are not all in one page.
+    #[inline(always)]
+    pub(super) fn read_entries(self, gpa: u64, to: &mut [MaybeUninit<u64>]) -> Option<&[u64]> {
+        const PAGE: u64 = guest_memory::PAGE as u64;
+        if gpa % 8 != 0 || gpa % PAGE + to.len() as u64 * 8 > PAGE {
+            return None;
+        }
         let args = [
             self.key(),
             gpa as usize,
-            (&raw mut entry) as usize,
-            core::mem::size_of::<u64>(),
+            to.as_mut_ptr() as usize,
+            core::mem::size_of_val(to),
         ];
-        // SAFETY: As KVM's ept_gpte_changed() calls it; there is room, and an entry does not cross a page.
+        // SAFETY: As KVM's ept_gpte_changed() calls it; there is room for as much, and the page is not left.
         let ret = unsafe { CallId::READ_GUEST_ATOMIC.call(args) }?;
-        (ret as i32 == 0).then_some(entry)
+        if ret as i32 != 0 {
+            return None;
+        }
+        // SAFETY: 0 says that all were written, and any value is one.
+        Some(unsafe { core::slice::from_raw_parts(to.as_ptr().cast::<u64>(), to.len()) })
     }
 
     /// Whether the host has a page of L1's memory, for writing, in an ordinary slot whose writes nobody logs.
