@@ -23,12 +23,18 @@ refuse() {
 
 begin
 : >"$TMP/names"
-# Faults beyond the last structure are none, so the first that loads tells how many there are.
+# Faults beyond the last structure are none, so that it loads; halving finds out how many there are.
 count=0
-while ! insmod "$MODULE" layout_fault=$((count + 1)) 2>/dev/null && [ "$count" -lt 100 ]; do
-	count=$((count + 1))
+beyond=128
+while [ $((beyond - count)) -gt 1 ]; do
+	n=$(((count + beyond) / 2))
+	if insmod "$MODULE" layout_fault="$n" 2>/dev/null; then
+		unload
+		beyond=$n
+	else
+		count=$n
+	fi
 done
-unload
 plan $((count + 4))
 check "the module checks structures" at_least structures 8 "$count"
 n=1

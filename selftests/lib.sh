@@ -74,6 +74,10 @@ same_log() {
 	return 1
 }
 
+# thorough: also what is left out every day, because it takes long and other cases show nearly the same
+# (MATRYOSHKA_THOROUGH): stock against stock under the same disturbance, mode check where another test has it.
+thorough() { [ -n "${MATRYOSHKA_THOROUGH:-}" ]; }
+
 skip_all() {
 	echo "1..0 # SKIP $*"
 	exit $KSFT_SKIP
@@ -241,6 +245,9 @@ bench_test() {
 	return "$(cat "$TMP/bench-status")"
 }
 
+# walked NAME: a number of the walks of EPT02 since the module was loaded.
+walked() { sed -n "s/^$1 //p" "$DEBUGFS/ept02"; }
+
 need_guest() {
 	[ -c /dev/kvm ] || skip_all "no /dev/kvm: load kvm_intel"
 	grep -q '[Y1]' /sys/module/kvm_intel/parameters/nested || skip_all "kvm_intel is loaded without nested=1"
@@ -307,6 +314,17 @@ grown() {
 	awk -v least="$3" 'NR == FNR { before[$1] = $2; next }
 		$2 - before[$1] >= least { print $1 " grew by " $2 - before[$1]; bad = 1 }
 		END { exit bad }' "$1" "$2"
+}
+
+# not_grown LEAST: no cache has LEAST more objects than in $TMP/slab-before. What the kernel frees in batches, some
+# seconds after the last grace period, is waited for.
+not_grown() {
+	for _try in 1 2 3 4; do
+		slab_objects >"$TMP/slab-after"
+		if grown "$TMP/slab-before" "$TMP/slab-after" "$1" >"$TMP/grown"; then return 0; fi
+	done
+	cat "$TMP/grown"
+	return 1
 }
 
 # setting NAME: from the settings file.

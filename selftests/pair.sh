@@ -17,12 +17,12 @@ pair() {
 begin
 [ "$(nproc)" -ge 2 ] || skip_all "this host has one processor (in the lab: emu run --cpus 2)"
 need_guest
-plan 7
+if thorough; then plan 7; else plan 6; fi
 check "two vCPUs pass VMCSs to each other" pair still --config stock
-check "and moving, with the module absent, on and in mode check" pair moved --roam --config stock,l0,check
+check "and moving, with the module on and in mode check" pair moved --roam --config "$(! thorough || echo stock,)l0,check"
 say "moved $(sed -n 's/^moved \([0-9]*\) .*/\1/p' "$TMP/said") times"
 check "they did move" at_least times 50 "$(sed -n 's/^moved \([0-9]*\) .*/\1/p' "$TMP/said")"
-check "stock: the same as at rest" same_log "$TMP/still/stock.log" "$TMP/moved/stock.log"
+! thorough || check "stock: the same as at rest" same_log "$TMP/still/stock.log" "$TMP/moved/stock.log"
 check "the paths on: the same" same_log "$TMP/still/stock.log" "$TMP/moved/l0.log"
 check "mode check: the same" same_log "$TMP/still/stock.log" "$TMP/moved/check.log"
 check "and no mismatch" equal mismatches 0 "$(mismatches)"

@@ -76,8 +76,7 @@ check "guests did run" at_least guests 1 "$(guests_run a)"
 check "the path did answer" at_least taken 1 "$taken"
 check "without a mismatch" equal mismatches 0 "$differing"
 
-slab_objects >"$TMP/slab-after"
+check "no slab cache grew with the rounds" not_grown "$((rounds > 16 ? rounds : 16))"
 vmalloc_after=$(vmalloc_bytes)
-check "no slab cache grew with the rounds" grown "$TMP/slab-before" "$TMP/slab-after" "$((rounds > 16 ? rounds : 16))"
 check "nor did vmalloc" at_least 'bytes of room' 0 $((vmalloc_before + 524288 - vmalloc_after))
 finish

@@ -21,7 +21,8 @@ const BATCH: usize = 512;
 /// The group.
 pub fn run(level: u32) -> Result<(), VmxError> {
     super::group(GROUP, || {
-        let pages = if level > 1 { 256 } else { 2048 };
+        // Two tables, and their border.
+        let pages = if level > 1 { 256 } else { 1024 };
         for pattern in [Pattern::Sequential, Pattern::Random, Pattern::Strided] {
             for demand in [false, true] {
                 Pages::new(pattern, pages, demand)?.run()?;
@@ -41,7 +42,7 @@ fn own(pattern: Pattern, pages: u64) {
     crate::measure::fill_order(order, pattern);
     let (mut sum, mut wrong) = (0, 0);
     let word = |page: u32| (frame(page as u64) + Access::Write.offset()) as *mut u64;
-    for part in [8, 3, 2, 1] {
+    for part in [8, 2] {
         control::touch(touch::POPULATE, pages as u32);
         let touched = order.len() / part;
         for &page in &order[..touched] {
