@@ -111,6 +111,9 @@ log_is_quiet() {
 	if grep -qs 'debug_locks: *0' /proc/lockdep_stats; then echo "lockdep has switched itself off"; return 1; fi
 }
 
+# is_instrumented: the compiler has put KASAN's checks into the kernel, so that numbers of instructions say nothing.
+is_instrumented() { grep -q ' [tT] __asan_load8$' /proc/kallsyms; }
+
 # --- leaks, on a kernel with kmemleak (CONFIG_DEBUG_KMEMLEAK) ---
 
 KMEMLEAK=/sys/kernel/debug/kmemleak
