@@ -19,8 +19,8 @@ plan_setup() {
 		step "$MATRYOSHKA_DEBUG kernel" debug_known 600 2400
 	fi
 	use_emu
-	if [ -n "$EMU_DIR" ] && ! ready "$EMU_DIR"; then step "emulator" build_emu 95 emu_permille; fi
-	if [ -n "$EMU_DIR" ] && [ -n "$profiler" ] && ! has_profiler; then step "emulator for profiles" build_profiler 110 emu_permille; fi
+	if [ -n "$EMU_DIR" ] && ! ready "$EMU_DIR"; then step "emulator" build_emu 140 emu_permille; fi
+	if [ -n "$EMU_DIR" ] && [ -n "$profiler" ] && ! has_profiler; then step "emulator for profiles" build_profiler 150 emu_permille; fi
 	if [ -f "$PROJECT/rust/Cargo.lock" ] &&
 	   [ "$(cat -- "$CACHE/cargo/.fetched" 2>/dev/null)" != "$(key "$PROJECT/rust/Cargo.lock")" ]; then
 		step "crates" crates 15 0

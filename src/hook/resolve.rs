@@ -14,7 +14,7 @@ static KALLSYMS_LOOKUP_NAME: AtomicUsize = AtomicUsize::new(0);
 static FTRACE_LOCATION: AtomicUsize = AtomicUsize::new(0);
 
 /// The address where ftrace knows the function, or `None` when the running kernel has no function
-/// of that name that can be probed.
+/// of that name that can be traced or probed.
 ///
 /// A kprobe that is registered and dropped at once gives it, but each takes a million instructions and more: the kernel
 /// decodes all that it has of jump labels to be sure that the address is not in one. So two are used to find functions that

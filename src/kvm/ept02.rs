@@ -350,7 +350,7 @@ impl Leaf<'_> {
         buffer: &'b mut [MaybeUninit<u64>; N],
     ) -> Option<&'b [u64]> {
         let count = range.len();
-        if self.translations.is_null() {
+        if range.end > ENTRIES || self.translations.is_null() {
             return None;
         }
         let first = (self.gfn << PAGE_SHIFT) + range.start as u64 * 8;
