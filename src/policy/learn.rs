@@ -24,6 +24,9 @@
 //! `TRIAL + log2(n)` windows. Where L1 goes on with most of them and begins with no other, the others are found in turn,
 //! within `n / TRIAL_SIZE * (TRIAL + 1)` windows.
 //!
+//! Fields that somebody else had chosen to begin with ([`Learner::with`]) and that have left come back with their first
+//! touch, [`GIVEN`] times: somebody had a reason, and a guest that boots changes its habits.
+//!
 //! *Costly* fields cost something together, however many they are: half an exit on each switch. They
 //! are shadowed while their touches are one in four switches, counted over a window; now and then all
 //! are put out to count anew, at first after two windows and later, if they always come back, after
@@ -43,6 +46,8 @@ pub const TRIAL_SIZE: u8 = 4;
 pub const FIRST_SIZE: u8 = 32;
 /// The same while most turn out to be out of use.
 const LARGE_TRIAL: u8 = 32;
+/// How often a field that was there to begin with comes back with its first touch.
+pub const GIVEN: u8 = 3;
 /// Windows, and touches in them, by which bursts are judged.
 pub const LONG: u8 = 4;
 
@@ -94,6 +99,8 @@ pub struct Learner {
     config: Config,
     learned: Set,
     barred: Set,
+    /// Those to begin with that have come back less than [`GIVEN`] times.
+    given: Set,
     /// Something was touched.
     awake: bool,
     /// The number of the switch, which may go round.
@@ -109,6 +116,8 @@ pub struct Learner {
     spent: u16,
     /// Fields that were touched often enough in a trial of many windows, or had none to prove, since habits changed.
     proven: Set,
+    /// Those of them that had their trial since the last long pause.
+    kept: Set,
     trial_size: u8,
     last_trial: u8,
     /// Switches until the trial ends, or the next begins.
@@ -129,6 +138,8 @@ struct Use {
     back: u8,
     /// It has left, and was not touched since.
     away: bool,
+    /// How often it came back with its first touch.
+    given_back: u8,
 }
 
 impl Use {
@@ -137,6 +148,7 @@ impl Use {
         count: 0,
         back: 0,
         away: false,
+        given_back: 0,
     };
 
     /// Begins to count.
@@ -195,6 +207,7 @@ impl Learner {
             config,
             learned: Set::EMPTY,
             barred: Set::EMPTY,
+            given: Set::EMPTY,
             awake: false,
             // More than a window after 0, in which nothing was seen.
             now: 1 << 16,
@@ -205,6 +218,7 @@ impl Learner {
             prolonged: false,
             spent: 0,
             proven: Set::EMPTY,
+            kept: Set::EMPTY,
             trial_size: TRIAL_SIZE,
             last_trial: 0,
             wait: config.trial(),
@@ -223,10 +237,11 @@ impl Learner {
         }
     }
 
-    /// Starts with `fields` learned; none of them has been proven yet.
+    /// Starts with `fields` learned, which somebody else has chosen; none of them has been proven yet.
     pub const fn with(config: Config, fields: Set) -> Self {
         let mut learner = Self::new(config);
         learner.learned = fields;
+        learner.given = fields;
         learner
     }
 
@@ -298,6 +313,9 @@ impl Learner {
             return false;
         }
         self.awake = true;
+        if !costly && self.is_given_back(field) {
+            return true;
+        }
         let pays = self.pays(field);
         let tried = self.trial.has(field);
         if costly {
@@ -319,6 +337,27 @@ impl Learner {
             return false;
         }
         self.join(field);
+        true
+    }
+
+    /// Whether `field` was there to begin with, had left, and now is back for this touch.
+    fn is_given_back(&mut self, field: u8) -> bool {
+        if !self.given.has(field) || self.room() <= 0 {
+            return false;
+        }
+        let Some(u) = self.uses.get_mut(usize::from(field)) else {
+            return false;
+        };
+        if !u.away {
+            return false;
+        }
+        u.away = false;
+        u.given_back = u.given_back.saturating_add(1);
+        if u.given_back >= GIVEN {
+            self.given.remove(field);
+        }
+        self.learned.insert(field);
+        self.proven.insert(field);
         true
     }
 
@@ -370,6 +409,7 @@ impl Learner {
         self.learned.insert(field);
         if self.trial.has(field) {
             self.trial.remove(field);
+            self.kept.insert(field);
             self.proven.insert(field);
             if self.trial.is_empty() {
                 self.trial_ends();
@@ -485,19 +525,32 @@ impl Learner {
             self.wait = if usize::from(self.unchanged) < self.learned.len() {
                 self.config.trial().max(pause)
             } else {
-                let most = self.config.window.saturating_mul(GROUP_TRIAL);
-                self.spent
-                    .saturating_mul(2 * self.config.window)
-                    .clamp(self.config.window.saturating_mul(TRIAL), most)
+                self.long_pause()
             };
             return;
         }
         self.unchanged = 0;
         self.wait = pause;
         if self.failed >= self.tried.div_ceil(2) {
-            self.proven = Set::EMPTY;
+            // Those that have just come back are not asked at once again.
+            self.proven = self.kept;
             self.trial_size = (self.trial_size * 2).min(LARGE_TRIAL);
+            let left = self.learned.without(&self.config.pinned);
+            if left.without(&self.proven).is_empty() {
+                self.trial_size = TRIAL_SIZE;
+                self.wait = self.long_pause();
+            }
         }
+    }
+
+    /// Switches to the next trial where all that is left is in use.
+    fn long_pause(&mut self) -> u16 {
+        self.kept = Set::EMPTY;
+        let window = self.config.window;
+        let most = window.saturating_mul(GROUP_TRIAL);
+        self.spent
+            .saturating_mul(2 * window)
+            .clamp(window.saturating_mul(TRIAL), most)
     }
 
     fn start_trial(&mut self) -> bool {
@@ -636,6 +689,39 @@ mod tests {
         let exits = run(&mut learner, &[3, 30, 39], 3 * LONG);
         assert_eq!(fields_of(&learner), [3, 30, 39]);
         assert!(exits <= 3 * LONG / 16, "{exits}");
+    }
+
+    /// `count` fields that somebody has chosen, by the rules for such.
+    fn chosen(count: u8) -> Learner {
+        let mut all = Set::EMPTY;
+        (0..count).for_each(|field| all.insert(field));
+        let config = Config {
+            eager: true,
+            ..Config::new(u8::MAX)
+        };
+        Learner::with(config, all)
+    }
+
+    #[test]
+    fn those_that_have_just_come_back_are_left_alone() {
+        // More than a first trial takes; those in use cost an exit each, and then not for a long while.
+        let mut learner = chosen(FIRST_SIZE + 1);
+        assert_eq!(run(&mut learner, &[1, 2, 3, 4, 5], 4 * WINDOW + LONG), 5);
+        assert_eq!(fields_of(&learner), [1, 2, 3, 4, 5]);
+    }
+
+    #[test]
+    fn of_a_set_to_begin_with_one_that_left_comes_back_at_once() {
+        let mut learner = chosen(40);
+        for _ in 0..GIVEN {
+            run(&mut learner, &[], 4 * LONG);
+            assert!(learner.learned().is_empty());
+            assert!(learner.touched(7, false));
+            assert_eq!(fields_of(&learner), [7]);
+        }
+        run(&mut learner, &[], 4 * LONG);
+        assert!(!learner.touched(7, false));
+        assert!(!learner.touched(41, false));
     }
 
     #[test]
