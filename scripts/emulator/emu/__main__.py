@@ -66,6 +66,9 @@ def arguments():
     add("--ips", type=int, default=os.environ.get("MATRYOSHKA_IPS") or "3500000000", metavar="N",
         help="instructions that L0 takes for a second (default $MATRYOSHKA_IPS or 3500000000). Fewer make what waits for "
              "timers shorter, such as RCU's grace periods, and interrupt more often what is measured")
+    add("--tlb", choices=("flushed", "tagged"), default=os.environ.get("MATRYOSHKA_TLB") or "flushed",
+        help="whether each VM entry and VM exit flushes the TLB, or guests keep their entries by VPID and EPT as on real "
+        "processors, so that a forgotten invalidation shows (default $MATRYOSHKA_TLB or flushed)")
     add("--random", type=int, default=os.environ.get("MATRYOSHKA_RANDOM") or "1", metavar="N",
         help="what the processor's random numbers start from (default $MATRYOSHKA_RANDOM or 1): the same make the same run")
     add("--kernel-tree", metavar="DIR", help="directory with vmlinuz and the module tree (default: from scripts/lab)")
@@ -349,7 +352,7 @@ def main():
         fail(f"{binary} is missing: run scripts/lab setup" + (" --profiler" if args.prof else ""))
     root = paths.get("ROOT", "/").rstrip("/")
     line = "console=ttyS0,115200 loglevel=5 nokaslr panic=0"
-    environment = {"MATRYOSHKA_RANDOM": str(args.random)}
+    environment = {"MATRYOSHKA_RANDOM": str(args.random), "MATRYOSHKA_TLB": args.tlb}
     if package.used(args.emulator):
         print(f"emu: this is Debian's bochs package: slower, {package.LACKS} (Documentation/lab.md, \"The fall-back\")", file=sys.stderr)
         line += " " + package.KERNEL_ARGUMENTS
