@@ -479,11 +479,15 @@ fn run_once(
         if let (true, Some(vm)) = (shared.config.churn, shared.vm) {
             s.spawn(move || {
                 let mut numbers = shuffle::Numbers::new(2);
+                let mut took = Duration::ZERO;
                 while !shared.stopped() {
-                    let pause = numbers.around(4 * work::MOVE_US);
-                    std::thread::sleep(Duration::from_micros(pause));
+                    let pause = Duration::from_micros(numbers.around(4 * work::MOVE_US));
+                    // A kernel with KCSAN takes so long to fork that the guest would never get its pages back in time.
+                    std::thread::sleep(pause.max(took * 4));
                     let turn = shared.churns.load(Ordering::Relaxed);
+                    let begun = Instant::now();
                     let done = shared.mem.churn(vm, turn);
+                    took = begun.elapsed();
                     shared.churns.fetch_add(done.into(), Ordering::Relaxed);
                 }
             });
