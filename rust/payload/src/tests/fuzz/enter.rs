@@ -10,7 +10,7 @@ use super::{number, Numbers};
 use crate::cpu;
 use crate::vmx::child::{self, How};
 use crate::vmx::field::*;
-use crate::vmx::ops::{vmclear, vmread, vmwrite, VmxError};
+use crate::vmx::ops::{invvpid, vmclear, vmread, vmwrite, VmxError};
 use crate::vmx::setup::IA32E_MODE_GUEST;
 
 const EXCEPTION: u64 = 0;
@@ -35,6 +35,11 @@ const INFORMATIVE: [u64; 14] = [19, 21, 22, 23, 25, 27, 46, 47, 50, 53, 57, 58, 
 /// In that information: the operand is a register, and what describes that.
 const REGISTER: u64 = 1 << 10;
 const OF_REGISTER: u64 = 0xf << 3 | REGISTER | 0xf << 28;
+
+/// Secondary control: enable VPID.
+const ENABLE_VPID: u64 = 1 << 5;
+/// INVVPID of all VPIDs but 0.
+const ALL_CONTEXTS: u64 = 2;
 
 /// RFLAGS.RF, which see `fields::STALE`.
 const RF: u64 = 1 << 16;
@@ -62,6 +67,7 @@ fn enter(world: &mut World, how: How, numbers: &mut Numbers, log: &mut Log) -> E
     );
     // Without a current VMCS, which entering will say, there is nothing to load.
     let _ = load_pdptes(world);
+    let _ = invalidate(world);
     let vmcs = world.vmcs();
     // SAFETY: children live in the arena, by their page tables or by EPT; `OURS` keeps the host state.
     let result = unsafe { child::enter(how, &mut vmcs.registers) };
@@ -227,6 +233,17 @@ fn load_pdptes(world: &mut World) -> Result<(), VmxError> {
         vmwrite(GUEST_PDPTR0, vmread(GUEST_PDPTR0)?)?;
     }
     world.vmcs().pae = pae;
+    Ok(())
+}
+
+/// What a hypervisor must do that gives all its children one VPID: what the TLB has of another one, or by another CR3,
+/// goes (SDM volume 3, 29.4.3.3).
+fn invalidate(world: &mut World) -> Result<(), VmxError> {
+    let with_vpid = vmread(SECONDARY_VM_EXEC_CONTROL)? & ENABLE_VPID != 0;
+    let now = (world.current, vmread(GUEST_CR3)?);
+    if with_vpid && world.translated.replace(now) != Some(now) {
+        invvpid(ALL_CONTEXTS, [0, 0])?;
+    }
     Ok(())
 }
 

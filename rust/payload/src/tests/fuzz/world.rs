@@ -78,6 +78,8 @@ pub struct World {
     pub vmcs: [Vmcs; VMCSS],
     /// Which one is current.
     pub current: usize,
+    /// Which one used the VPID last, and its CR3.
+    pub translated: Option<(usize, u64)>,
     /// A shadow VMCS.
     pub shadow: u64,
     /// A VMCS for nothing but being the current one.
@@ -137,6 +139,7 @@ impl World {
                 }
             }),
             current: 0,
+            translated: None,
             shadow: super::super::script::new_shadow(),
             spare: vmx::new_region(),
             bitmaps: memory::pages(bitmap::PAGES),
