@@ -45,7 +45,7 @@ meanwhile() {
 	return $_status
 }
 
-times() { cat "$TMP/$1-times" 2>/dev/null || echo 0; }
+how_often() { cat "$TMP/$1-times" 2>/dev/null || echo 0; }
 
 # survives NAME PEACE CONFIGS ACTIONS OPTION...: four cases, or three without mode check. PEACE names the run that its logs
 # must be the same as.
@@ -53,7 +53,7 @@ survives() {
 	_run=$1 _peace=$2 _configs=$3 _all=$4
 	shift 4
 	check "$_run ($_all)" meanwhile "$_run" "$_all" --config "$_configs" "$@"
-	for _action in $_all; do say "$_action: $(times "$_action") times"; done
+	for _action in $_all; do say "$_action: $(how_often "$_action") times"; done
 	check "$_run: on, the same as in peace" same_log "$TMP/$_peace/stock.log" "$TMP/$_run/l0.log"
 	case $_configs in
 	*check*) check "$_run: mode check, the same" same_log "$TMP/$_peace/stock.log" "$TMP/$_run/check.log" ;;
@@ -64,7 +64,7 @@ survives() {
 # happened ACTION LEAST: one case.
 happened() {
 	case " $happens " in
-	*" $1 "*) check "$1 did happen" at_least times "$2" "$(times "$1")" ;;
+	*" $1 "*) check "$1 did happen" at_least times "$2" "$(how_often "$1")" ;;
 	*) skip "$1 did happen" "not possible on this host" ;;
 	esac
 }
@@ -128,35 +128,56 @@ nobody_left() {
 
 # --- preparations, and what is put back ---
 
+PM_DELAY=/sys/module/suspend/parameters/pm_test_delay
+
 at_end() {
 	: >"$TMP/calm"
 	[ -z "${SWAP:-}" ] || swapoff "$SWAP"
-	[ ! -d "$CGROUP/vmm" ] || { echo $$ >"$CGROUP/cgroup.procs"; rmdir "$CGROUP/vmm"; }
+	[ -z "${ZRAM:-}" ] || echo 1 >/sys/block/zram0/reset
+	if [ -d "$CGROUP/vmm" ]; then
+		echo $$ >"$CGROUP$OWN_CGROUP/cgroup.procs" || echo $$ >"$CGROUP/cgroup.procs"
+		rmdir "$CGROUP/vmm"
+	fi
+	[ -z "${MEMORY_ADDED:-}" ] || echo -memory >"$CGROUP/cgroup.subtree_control"
 	[ -z "${MOUNTED:-}" ] || umount "$CGROUP"
-	[ -z "${KSM_RUN:-}" ] || echo "$KSM_RUN" >$KSM/run
-	[ -z "${PM_TEST:-}" ] || echo none >/sys/power/pm_test
-	[ -z "${CPU1:-}" ] || echo 1 >"$CPU1/online"
+	if [ -n "${KSM_RUN:-}" ]; then
+		echo "$KSM_PAGES" >$KSM/pages_to_scan
+		echo "$KSM_SLEEP" >$KSM/sleep_millisecs
+		echo "$KSM_RUN" >$KSM/run
+	fi
+	[ -z "${PM_TEST:-}" ] || echo "$PM_TEST" >/sys/power/pm_test
+	[ -z "${PM_TEST_DELAY:-}" ] || echo "$PM_TEST_DELAY" >$PM_DELAY
+	[ -z "${CPU1:-}" ] || echo "$CPU1_ONLINE" >"$CPU1/online"
 }
 
 # has_swap: there is some, or zram can give it; and this shell's children are in a cgroup of their own.
 has_swap() {
 	if ! grep -q '^/' /proc/swaps; then
 		[ -b /dev/zram0 ] || modprobe zram 2>/dev/null
-		echo 256M >/sys/block/zram0/disksize && mkswap /dev/zram0 && swapon /dev/zram0 || return 1
+		# This fails if somebody uses it.
+		echo 256M >/sys/block/zram0/disksize || return 1
+		ZRAM=1
+		mkswap /dev/zram0 && swapon /dev/zram0 || return 1
 		SWAP=/dev/zram0
 	fi
+	OWN_CGROUP=$(sed -n 's/^0:://p' /proc/self/cgroup)
 	CGROUP=/sys/fs/cgroup
 	if [ ! -f $CGROUP/cgroup.controllers ]; then
 		CGROUP=$TMP/cgroup
 		mkdir "$CGROUP" && mount -t cgroup2 none "$CGROUP" || return 1
 		MOUNTED=1
 	fi
-	echo +memory >"$CGROUP/cgroup.subtree_control" && mkdir "$CGROUP/vmm" && echo $$ >"$CGROUP/vmm/cgroup.procs" &&
+	if ! grep -qw memory "$CGROUP/cgroup.subtree_control"; then
+		echo +memory >"$CGROUP/cgroup.subtree_control" || return 1
+		MEMORY_ADDED=1
+	fi
+	mkdir "$CGROUP/vmm" && echo $$ >"$CGROUP/vmm/cgroup.procs" &&
 		[ -f "$CGROUP/vmm/memory.reclaim" ]
 }
 
 begin
 need_guest
+! pidof matryoshka >/dev/null || skip_all "stacks run on this host, which this test would kill: end them first"
 if thorough; then plan 19; else plan 18; fi
 check "left in peace, stock" groups memory --tests $MEMORY --config stock
 check "the same of other tests" groups switches --tests $SWITCHES --config stock
@@ -169,7 +190,7 @@ else
 	say "no swap, no zram, or no cgroup that can be told to give memory back"
 fi
 if [ -w $KSM/run ]; then
-	KSM_RUN=$(cat $KSM/run)
+	KSM_RUN=$(cat $KSM/run) KSM_PAGES=$(cat $KSM/pages_to_scan) KSM_SLEEP=$(cat $KSM/sleep_millisecs)
 	echo 8000 >$KSM/pages_to_scan && echo 1 >$KSM/sleep_millisecs && echo 1 >$KSM/run
 	happens="$happens merge"
 fi
@@ -181,13 +202,18 @@ happened merge 1
 
 happens=hit
 if grep -q core /sys/power/pm_test 2>/dev/null && grep -qw mem /sys/power/state; then
-	PM_TEST=core
+	PM_TEST=$(sed -n 's/.*\[\(.*\)\].*/\1/p' /sys/power/pm_test) PM_TEST_DELAY=$(cat $PM_DELAY)
 	echo core >/sys/power/pm_test
-	echo 0 >/sys/module/suspend/parameters/pm_test_delay
+	echo 0 >$PM_DELAY
 	happens="$happens suspend"
 fi
 CPU1=/sys/devices/system/cpu/cpu1
-if [ -w $CPU1/online ]; then happens="$happens unplug"; else CPU1=; fi
+if [ -w $CPU1/online ]; then
+	CPU1_ONLINE=$(cat $CPU1/online)
+	happens="$happens unplug"
+else
+	CPU1=
+fi
 survives unrest switches l0,check "$happens" --tests $SWITCHES --roam
 happened hit 10
 happened suspend 2
