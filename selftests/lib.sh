@@ -190,11 +190,12 @@ attached() { grep -cE ' (attached|livepatched) ' "$SYS/hooks"; }
 # traced: how many functions ftrace knows that call one of our trampolines.
 traced() { grep -c mtk_tramp "$TRACING/enabled_functions"; }
 
-# find_module: sets MODULE to the matryoshka.ko for this kernel.
+# find_module: sets MODULE to the matryoshka.ko for this kernel. What was built comes before what was installed some time;
+# the lab's host has none but the last.
 find_module() {
-	for MODULE in "${MATRYOSHKA_KO:-}" /lib/matryoshka/matryoshka.ko "$SELFTESTS/../matryoshka.ko" \
-		"$SELFTESTS/../out/modules-$(uname -r)/matryoshka.ko" \
-		"/lib/modules/$(uname -r)/updates/matryoshka.ko" "/lib/modules/$(uname -r)/updates/dkms/matryoshka.ko"; do
+	for MODULE in "${MATRYOSHKA_KO:-}" "$SELFTESTS/../out/modules-$(uname -r)/matryoshka.ko" "$SELFTESTS/../matryoshka.ko" \
+		"/lib/modules/$(uname -r)/updates/matryoshka.ko" "/lib/modules/$(uname -r)/updates/dkms/matryoshka.ko" \
+		/lib/matryoshka/matryoshka.ko; do
 		[ ! -f "$MODULE" ] || return 0
 	done
 	return 1
@@ -350,6 +351,7 @@ begin() {
 	echo 'TAP version 13'
 	[ "$(id -u)" -eq 0 ] || skip_all "must be run as root"
 	find_module || skip_all "no matryoshka.ko for kernel $(uname -r): make modules, or MATRYOSHKA_KO=FILE"
+	say "module: $MODULE"
 	! loaded || skip_all "the module is loaded and may be in use: rmmod matryoshka"
 	grep -qw vmx /proc/cpuinfo || skip_all "this processor has no VMX"
 	[ -d /sys/module/kvm_intel ] || skip_all "kvm_intel is not loaded"
