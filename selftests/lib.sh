@@ -85,7 +85,8 @@ skip_all() {
 
 # --- the kernel's log ---
 
-COMPLAINTS='WARNING:|BUG:|BUG [^ ]+ \(|Oops|general protection|Call Trace:|refcount_t:|blocked for more than|rcu: INFO|UBSAN|KASAN:|non-static key|nable to handle|scheduling while atomic|cut here|ftrace failed'
+# What a Linux kernel prints when something is wrong in it, for grep -E and Python. scripts/emu and scripts/xen read this line, too.
+COMPLAINTS='WARNING:|BUG:|BUG [^ ]+ \(|kernel BUG at|Oops|Kernel panic - |general protection|unchecked MSR access|Call Trace:|refcount_t:|blocked for more than|rcu: INFO|UBSAN|KASAN:|non-static key|nable to handle|scheduling while atomic|cut here|ftrace failed'
 
 mark_log() {
 	MARK="matryoshka selftest $$ $(cut -d' ' -f1 /proc/uptime)"
