@@ -13,7 +13,8 @@ cmd_paths() {
 	while [ $# -gt 0 ]; do
 		case $1 in
 		--kernel) [ -n "${2:-}" ] || usage_error "--kernel takes a version"; export KERNEL=$2; shift 2 ;;
-		--kernel=*) export KERNEL=${1#*=}; shift ;;
+		--kernel=?*) export KERNEL=${1#*=}; shift ;;
+		--kernel=) usage_error "--kernel takes a version" ;;
 		*) usage_error "paths: no such option: $1" ;;
 		esac
 	done
@@ -161,8 +162,8 @@ cmd_clean() {
 	tool) what=('target-*') ;;
 	module) what=('mod-*') ;;
 	stale) stale; what=("${STALE[@]}") ;;
-	all) what=('root-*' 'kernel-*' 'source-*' 'guest-*' 'debug-*' 'emu-*' 'mod-*' 'target-*' 'check-*' 'kdir-*' 'kvm-selftests-*' cargo dl log mmdebstrap
-		test-times sanitize-times emu-times.json) ;;
+	all) what=('root-*' 'kernel-*' 'source-*' 'guest-*' 'debug-*' 'emu-*' 'mod-*' 'target-*' 'check-*' 'kdir-*' 'kvm-selftests-*' 'xen-*' cargo dl log mmdebstrap
+		'test-times*' 'sanitize-times*' 'emu-times.json*') ;;
 	*) usage_error "clean: no such piece: $1" ;;
 	esac
 	[ -d "$CACHE" ] || { note "nothing to remove"; return; }
