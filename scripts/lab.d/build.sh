@@ -120,7 +120,8 @@ cmd_build_module() {
 		--for) case ${2:-} in host | guest) which=$2 ;; *) usage_error "--for takes host or guest" ;; esac; shift 2 ;;
 		--for=*) set -- --for "${1#*=}" "${@:2}" ;;
 		--kernel) [ -n "${2:-}" ] || usage_error "--kernel takes a version"; version=$2; shift 2 ;;
-		--kernel=*) version=${1#*=}; shift ;;
+		--kernel=?*) version=${1#*=}; shift ;;
+		--kernel=) usage_error "--kernel takes a version" ;;
 		--) shift; break ;;
 		*) usage_error "build-module: no such option: $1" ;;
 		esac
@@ -141,12 +142,15 @@ cmd_build_module() {
 
 cmd_build() {
 	local version=''
-	case ${1:-} in
-	--kernel) version=${2:-} ;;
-	--kernel=*) version=${1#*=} ;;
-	'') ;;
-	*) usage_error "build: no such option: $1" ;;
-	esac
+	while [ $# -gt 0 ]; do
+		case $1 in
+		--kernel) version=${2:-}; shift ;;
+		--kernel=*) version=${1#*=} ;;
+		*) usage_error "build: no such option: $1" ;;
+		esac
+		[ -n "$version" ] || usage_error "--kernel takes a version"
+		shift
+	done
 	cmd_build_tool --
 	cmd_build_module ${version:+--kernel "$version"}
 }

@@ -88,7 +88,8 @@ cmd_prepare_kdir() {
 	while [ $# -gt 0 ]; do
 		case $1 in
 		--kernel) [ -n "${2:-}" ] || usage_error "--kernel takes a version"; KVER=$2; shift 2 ;;
-		--kernel=*) KVER=${1#*=}; shift ;;
+		--kernel=?*) KVER=${1#*=}; shift ;;
+		--kernel=) usage_error "--kernel takes a version" ;;
 		-*) usage_error "prepare-kdir: no such option: $1" ;;
 		*) [ -z "$KDIR" ] || usage_error "prepare-kdir takes one directory"; KDIR=$1; shift ;;
 		esac

@@ -80,7 +80,8 @@ cmd_setup() {
 	while [ $# -gt 0 ]; do
 		case $1 in
 		--kernel) [ -n "${2:-}" ] || usage_error "--kernel takes a version"; export KERNEL=$2; shift 2 ;;
-		--kernel=*) export KERNEL=${1#*=}; shift ;;
+		--kernel=?*) export KERNEL=${1#*=}; shift ;;
+		--kernel=) usage_error "--kernel takes a version" ;;
 		--refresh) refresh=1; shift ;;
 		--profiler) profiler=1; shift ;;
 		*) usage_error "setup: no such option: $1" ;;
