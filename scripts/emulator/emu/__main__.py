@@ -29,7 +29,7 @@ HUNG, WARNED, BROKEN = 124, 123, 125
 EXAMPLES = """\
 examples:
   scripts/emu run -- uname -a                        one command in L0
-  scripts/emu run --out out/x -- sh -c 'matryoshka bench >/out/bench.json'
+  scripts/emu run --out out/x -- matryoshka bench --depth 2 --json /out/bench.json
                                                      what the command leaves in /out comes back to out/x
   scripts/emu run --file my_test=/bin/my_test -- my_test
                                                      put a (static) program in, run it
@@ -99,7 +99,7 @@ def lab_paths(args):
     except FileNotFoundError:
         fail("scripts/lab is not there; give --kernel-tree, --emulator and --busybox")
     except subprocess.CalledProcessError:
-        fail("the lab is not set up: run scripts/lab setup")
+        sys.exit(BROKEN)  # The lab has said why.
     return dict(line.split("=", 1) for line in shlex.split(text, comments=True) if "=" in line)
 
 
