@@ -14,9 +14,10 @@ export KERNEL
 DEPTHS ?= 1,2,3
 CONFIGS ?= stock,idle,l0
 OPS ?= hypercall,cpuid,vmread_unshadowed,vmptrld_switch,touch_cold
-# What `make profile` looks into.
+# What `make profile` looks into, and in which configuration: stock, idle, l0 or all.
 OP ?= hypercall
 DEPTH ?= 2
+CONFIG ?= stock
 
 # For the kernel that this machine runs, or another one's tree.
 KVER ?= $(shell uname -r)
@@ -34,10 +35,10 @@ help:
 	@echo '  make soak TIME=8h   the tests that have chance in them, with other seeds until the time is over'
 	@echo '  make sanitize  the tests on kernels with KASAN, lockdep, kmemleak and KCSAN, and those that take'
 	@echo '                 long: make sanitize PARTS="kasan-stress kcsan" (scripts/sanitize --list)'
-	@echo '  make bench     the same with every operation; or choose:'
+	@echo '  make bench     as make run, with every operation, or those that you choose:'
 	@echo '                   make bench DEPTHS=2 CONFIGS=stock,l0 OPS=hypercall,touch_cold'
 	@echo '  make profile   which kernel functions an operation spends its instructions in:'
-	@echo '                   make profile OP=hypercall DEPTH=2'
+	@echo '                   make profile OP=hypercall DEPTH=2 CONFIG=l0 (stock, idle, l0 or all)'
 	@echo '  make fuzz      random programs with and without the module, for hours: make fuzz PROGRAMS=100000'
 	@echo '  make xen       Debian'"'"'s Xen as L1 instead of a KVM, with and without the module'
 	@echo '  make shell     a shell on the emulated host, with the module and the tool at hand'
@@ -49,7 +50,7 @@ help:
 	@echo '                           make modules KDIR=/path/to/a/prepared/kernel/tree'
 	@echo '  make modules_install   install it below /lib/modules; then: modprobe matryoshka'
 	@echo '  make install           the tool and what it starts guests from (make build first); then:'
-	@echo '                           matryoshka doctor'
+	@echo '                           matryoshka doctor. DESTDIR= and PREFIX= (/usr/local) as usual'
 	@echo '  make -C selftests run_tests'
 	@echo '  make uninstall         remove what make install put there'
 	@echo ''
@@ -82,7 +83,7 @@ bench: build
 	@$(call emu,bench) -- matryoshka bench --depth $(DEPTHS) --config $(CONFIGS) --ops $(ALL_OPS) --json /out/bench.json; $(keep)
 
 profile: build
-	@scripts/profile $(OP) --depth $(DEPTH) $(if $(KERNEL),--kernel $(KERNEL)) --out $(OUT)/profile
+	@scripts/profile $(OP) --depth $(DEPTH) --config $(CONFIG) $(if $(KERNEL),--kernel $(KERNEL)) --out $(OUT)/profile
 
 PROGRAMS ?= 100000
 SEED ?= 1
