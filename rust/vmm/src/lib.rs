@@ -35,7 +35,9 @@ pub mod shuffle;
 pub mod stack;
 mod state;
 pub mod stats;
+mod terminal;
 mod vcpu;
+mod vm;
 mod work;
 
 pub use error::{Error, Result};

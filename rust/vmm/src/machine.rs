@@ -10,32 +10,23 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{
-    kvm_enable_cap, kvm_pit_config, KVM_API_VERSION, KVM_CAP_EXCEPTION_PAYLOAD,
-    KVM_CAP_X86_TRIPLE_FAULT_EVENT, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY,
-};
+use kvm_bindings::{KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::Entry;
-use crate::device::{Bus, BusState, Host, Irq, COM1_IRQ};
+use crate::device::{Bus, BusState, Host, Irq};
 use crate::door::{Door, Job};
 use crate::image::{self, Contents};
 use crate::memory::Memory;
 use crate::missing::Missing;
 use crate::shuffle::{self, Shuffler};
 use crate::state::{VcpuState, VmState};
+use crate::terminal::{self, Escape};
 use crate::work::{self, Work};
-use crate::{dump, stats, vcpu};
+use crate::{dump, stats, vcpu, vm};
 use crate::{Error, Result};
 
-/// Three pages that KVM needs for real mode on old CPUs, out of every guest's way.
-const TSS_ADDR: usize = 0xfffb_d000;
-/// One page for the same purpose.
-const IDENTITY_MAP_ADDR: u64 = 0xfffb_c000;
-/// What makes KVM_GET_VCPU_EVENTS tell all: without the first, an exception that is still to be looked at (it may be an
-/// exit of a guest's guest to the guest) counts as one that is being delivered; without the second a triple fault is lost.
-const EVENT_CAPS: [u32; 2] = [KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_X86_TRIPLE_FAULT_EVENT];
 /// The most vCPUs: what the MP table has room for below 640 KiB.
 pub const MAX_CPUS: u8 = 32;
 
@@ -188,7 +179,7 @@ impl Machine {
                 "only a machine with one CPU can be shuffled".into(),
             ));
         }
-        let vm = new_vm(kvm, &config, &mem)?;
+        let vm = vm::create(kvm, &config, &mem)?;
         let cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(Error::kvm("KVM_GET_SUPPORTED_CPUID"))?;
@@ -229,7 +220,7 @@ impl Machine {
                 ),
             });
         }
-        let vm = new_vm(kvm, &config, &mem)?;
+        let vm = vm::create(kvm, &config, &mem)?;
         let mut vcpus = Vec::new();
         for (id, state) in contents.vcpus.iter().enumerate() {
             let vcpu = vm
@@ -265,7 +256,7 @@ impl Machine {
         } = self;
         let irq = EventFd::new(0).map_err(|_| Error::os("eventfd"))?;
         let another = || irq.try_clone().map_err(|_| Error::os("eventfd"));
-        connect(&vm, &irq)?;
+        vm::connect(&vm, &irq)?;
         // A VM that is replaced now and then is the shuffler's.
         let (mut shuffler, fixed) = match config.shuffle {
             None => (None, Some(&vm)),
@@ -342,11 +333,11 @@ impl Machine {
 }
 
 /// What the threads of a machine share.
-struct Shared<'a> {
+pub(crate) struct Shared<'a> {
     config: &'a Config,
     bus: Mutex<Bus<'a>>,
     /// Readable when they are to end.
-    over: EventFd,
+    pub(crate) over: EventFd,
     stop: AtomicBool,
     /// They end to be saved, so nothing may be left half done.
     saving: AtomicBool,
@@ -394,7 +385,7 @@ impl<'a> Shared<'a> {
         })
     }
 
-    fn bus(&self) -> MutexGuard<'_, Bus<'a>> {
+    pub(crate) fn bus(&self) -> MutexGuard<'_, Bus<'a>> {
         self.bus.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -410,7 +401,7 @@ impl<'a> Shared<'a> {
         }
     }
 
-    fn stopped(&self) -> bool {
+    pub(crate) fn stopped(&self) -> bool {
         self.stop.load(Ordering::Acquire)
     }
 }
@@ -428,16 +419,16 @@ fn run_once(
             let tx = tx.clone();
             let mut escape = shared.config.escape.then(Escape::default);
             s.spawn(move || {
-                if read_terminal(fd, &mut escape, shared) {
+                if terminal::read(fd, &mut escape, shared) {
                     // The receiver outlives us: it is what ends this scope.
-                    let _ = tx.send(Exit::Done(TERMINAL_STATUS));
+                    let _ = tx.send(Exit::Done(terminal::STATUS));
                 }
             });
         }
         if let Some(door) = &shared.config.door {
             let tx = tx.clone();
             s.spawn(move || {
-                while wait_for(door.fd(), &shared.over) {
+                while terminal::wait_for(door.fd(), &shared.over) {
                     if let Some(job) = door.accept() {
                         *shared.job.lock().unwrap_or_else(PoisonError::into_inner) = Some(job);
                         let _ = tx.send(Exit::Saved);
@@ -607,62 +598,6 @@ fn contents(
     })
 }
 
-/// Waits until `fd` is readable; false when `over` is.
-fn wait_for(fd: RawFd, over: &EventFd) -> bool {
-    use std::os::fd::AsRawFd;
-    let poll = |fd| libc::pollfd {
-        fd,
-        events: libc::POLLIN,
-        revents: 0,
-    };
-    let mut polls = [poll(fd), poll(over.as_raw_fd())];
-    // SAFETY: the array is ours and its length is the one given.
-    unsafe { libc::poll(polls.as_mut_ptr(), 2, -1) >= 0 && polls[1].revents == 0 }
-}
-
-/// Makes a VM with its interrupt controllers and its memory, and no vCPU yet.
-pub(crate) fn new_vm(kvm: &Kvm, config: &Config, mem: &Memory) -> Result<VmFd> {
-    let vm = kvm.create_vm().map_err(Error::kvm("KVM_CREATE_VM"))?;
-    for cap in EVENT_CAPS {
-        if vm.check_extension_raw(cap.into()) > 0 {
-            vm.enable_cap(&kvm_enable_cap {
-                cap,
-                args: [1, 0, 0, 0],
-                ..Default::default()
-            })
-            .map_err(Error::kvm("KVM_ENABLE_CAP"))?;
-        }
-    }
-    vm.set_tss_address(TSS_ADDR)
-        .map_err(Error::kvm("KVM_SET_TSS_ADDR"))?;
-    vm.set_identity_map_address(IDENTITY_MAP_ADDR)
-        .map_err(Error::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
-    vm.create_irq_chip()
-        .map_err(Error::kvm("KVM_CREATE_IRQCHIP"))?;
-    if config.pit {
-        // The dummy answers port 0x61 in the kernel instead of here.
-        let pit = kvm_pit_config {
-            flags: KVM_PIT_SPEAKER_DUMMY,
-            ..Default::default()
-        };
-        vm.create_pit2(pit).map_err(Error::kvm("KVM_CREATE_PIT2"))?;
-    }
-    mem.register(&vm)?;
-    Ok(vm)
-}
-
-/// Connects COM1's interrupt to a VM.
-pub(crate) fn connect(vm: &VmFd, irq: &EventFd) -> Result<()> {
-    vm.register_irqfd(irq, COM1_IRQ)
-        .map_err(Error::kvm("KVM_IRQFD"))
-}
-
-/// Takes it away again.
-pub(crate) fn disconnect(vm: &VmFd, irq: &EventFd) -> Result<()> {
-    vm.unregister_irqfd(irq, COM1_IRQ)
-        .map_err(Error::kvm("KVM_IRQFD"))
-}
-
 /// Installs the handler of the signal that gets a vCPU out of KVM_RUN.
 fn install_kick() -> Result<libc::c_int> {
     extern "C" fn nothing(_: libc::c_int) {}
@@ -678,88 +613,4 @@ fn install_kick() -> Result<libc::c_int> {
         return Err(Error::os("sigaction"));
     }
     Ok(signal)
-}
-
-/// The status of a machine that was ended from the terminal: as of a program that
-/// was ended by SIGINT.
-const TERMINAL_STATUS: u32 = 130;
-
-/// The escape character of a terminal, Ctrl-A.
-const ESCAPE: u8 = 1;
-
-/// Looks for the escape in what is typed.
-#[derive(Default)]
-struct Escape {
-    seen: bool,
-}
-
-impl Escape {
-    /// Gives what is to be passed on, or nothing when the machine is to end.
-    fn filter(&mut self, typed: &[u8]) -> Option<Vec<u8>> {
-        let mut out = Vec::with_capacity(typed.len());
-        for &b in typed {
-            match (std::mem::take(&mut self.seen), b) {
-                (false, ESCAPE) => self.seen = true,
-                (true, b'x' | b'X') => return None,
-                (true, b) if b != ESCAPE => out.extend([ESCAPE, b]),
-                (_, b) => out.push(b),
-            }
-        }
-        Some(out)
-    }
-}
-
-/// Feeds what is typed at `fd` to COM1 until the machine is over. True when the
-/// escape was typed.
-fn read_terminal(fd: RawFd, escape: &mut Option<Escape>, shared: &Shared<'_>) -> bool {
-    let mut buf = [0u8; 64];
-    loop {
-        if !wait_for(fd, &shared.over) {
-            return false;
-        }
-        // SAFETY: reads at most the buffer's length into the buffer.
-        let n = unsafe { libc::read(fd, buf.as_mut_ptr().cast(), buf.len()) };
-        if n <= 0 {
-            return false;
-        }
-        let typed = match escape {
-            None => buf[..n as usize].to_vec(),
-            Some(e) => match e.filter(&buf[..n as usize]) {
-                Some(typed) => typed,
-                None => return true,
-            },
-        };
-        let mut rest = &typed[..];
-        while !rest.is_empty() {
-            let taken = shared.bus().type_in(rest);
-            rest = &rest[taken..];
-            if taken == 0 {
-                // The guest has not read its 64 bytes yet.
-                std::thread::sleep(Duration::from_millis(10));
-                if shared.stopped() {
-                    return false;
-                }
-            }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_escape_is_found_across_reads() {
-        let mut e = Escape::default();
-        assert_eq!(e.filter(b"ab\x01"), Some(b"ab".to_vec()));
-        assert_eq!(e.filter(b"x"), None);
-    }
-
-    #[test]
-    fn other_uses_of_the_escape_character_pass() {
-        let mut e = Escape::default();
-        assert_eq!(e.filter(b"\x01\x01"), Some(b"\x01".to_vec()));
-        assert_eq!(e.filter(b"\x01c"), Some(b"\x01c".to_vec()));
-        assert_eq!(e.filter(b"x"), Some(b"x".to_vec()));
-    }
 }

@@ -18,10 +18,10 @@ use std::time::Duration;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::machine::{self, Config};
+use crate::machine::{Config, Machine};
 use crate::memory::Memory;
 use crate::state::{VcpuState, VmState};
-use crate::{Error, Result};
+use crate::{vm, Error, Result};
 
 /// Exits to user space from one shuffle to the next, on average.
 const EXITS: u64 = 16;
@@ -107,11 +107,11 @@ impl<'a> Shuffler<'a> {
         seed: u64,
     ) -> Result<Self> {
         let mut numbers = Numbers::new(seed);
-        let kvm = machine::Machine::open_kvm()?;
+        let kvm = Machine::open_kvm()?;
         let fresh = match config.reset {
             false => None,
             true => {
-                let vm = machine::new_vm(&kvm, config, mem)?;
+                let vm = vm::create(&kvm, config, mem)?;
                 let vcpu = vm.create_vcpu(0).map_err(Error::kvm("KVM_CREATE_VCPU"))?;
                 Some(VcpuState::save(&kvm, &vcpu)?)
             }
@@ -149,10 +149,10 @@ impl<'a> Shuffler<'a> {
             return state.put_back(vcpu);
         }
         let chips = VmState::save(self.vm, self.config.pit)?;
-        let vm = machine::new_vm(&self.kvm, self.config, self.mem)?;
+        let vm = vm::create(&self.kvm, self.config, self.mem)?;
         // An eventfd interrupts one VM at a time.
-        machine::disconnect(self.vm, &self.irq)?;
-        machine::connect(&vm, &self.irq)?;
+        vm::disconnect(self.vm, &self.irq)?;
+        vm::connect(&vm, &self.irq)?;
         let new = vm.create_vcpu(0).map_err(Error::kvm("KVM_CREATE_VCPU"))?;
         state.restore(&new)?;
         chips.restore(&vm)?;
