@@ -243,7 +243,7 @@ pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
     }
     counted |= report.rows.iter().any(|row| row.l0_exits.is_some());
     drop(progress);
-    report.emulator = host::emulator(counted);
+    report.emulator = host::emulator(counted).into();
     report.unit = if counted {
         "retired instructions"
     } else {

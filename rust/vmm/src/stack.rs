@@ -521,9 +521,6 @@ pub fn read_spec(path: &Path) -> Result<Spec> {
     })
 }
 
-/// Where [`Files`] are by default.
-pub const DEFAULT_DIR: &str = DIR;
-
 #[cfg(test)]
 mod tests {
     use super::*;
