@@ -22,7 +22,7 @@ const SET_EXAMPLES: &str = "Examples:
   matryoshka set checks on          the path `checks` does the work
   matryoshka set checks check       stock KVM does, and the path's answer is compared with it
   matryoshka set all off            stock behaviour everywhere
-  matryoshka set checks KNOB 16     a knob of the path; `matryoshka status` lists them";
+  matryoshka set fields window 16   a knob of a path; `matryoshka status` lists them";
 
 /// Set a path's mode, or one of its knobs.
 #[derive(Args, Debug)]
@@ -51,13 +51,7 @@ pub fn module() -> Result<Module, Code> {
 
 /// An error from sysfs: what it says, and the status it ends with.
 pub fn failed(e: Error) -> Code {
-    complain(&e);
-    match &e {
-        Error::File { source, .. } if source.kind() == std::io::ErrorKind::PermissionDenied => {
-            complain("the module's settings belong to root: try again with sudo")
-        }
-        _ => {}
-    }
+    complain(e);
     Code::Failed
 }
 

@@ -19,6 +19,8 @@ use crate::{Error, Result};
 pub const NAME: &str = "matryoshka";
 /// Where its sysfs directory is.
 pub const SYSFS: &str = "/sys/kernel/matryoshka";
+/// What to do about a setting that this user may not change.
+const ROOT_ONLY: &str = "the module's settings belong to root: try again with sudo";
 
 /// One path as sysfs shows it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -101,8 +103,22 @@ impl Module {
                 known.join(", ")
             )));
         }
-        fs::write(&file, value)
-            .map_err(|e| Error::Module(format!("{} does not take {value:?}: {e}", file.display())))
+        fs::write(&file, value).map_err(|e| {
+            let why = match e.raw_os_error() {
+                Some(libc::EACCES | libc::EPERM) => {
+                    format!("{}: {e}: {ROOT_ONLY}", file.display())
+                }
+                Some(libc::EOPNOTSUPP) => {
+                    let state = fs::read_to_string(dir.join("state")).unwrap_or_default();
+                    format!("path {path} cannot work here: {}", state.trim())
+                }
+                _ => format!(
+                    "{} does not take {value:?}: {e}; Documentation/ABI says what it takes",
+                    file.display()
+                ),
+            };
+            Error::Module(why)
+        })
     }
 
     /// Sets the mode of every path that can work on this kernel.
@@ -227,9 +243,14 @@ pub fn load(file: &Path, params: &str) -> Result<()> {
     )))
 }
 
-/// Unloads a module by name (delete_module). That it is not loaded is no error. One
-/// that is still in use is tried again for a second.
+/// Unloads a module by name (delete_module). That it is not loaded is no error, for
+/// whoever asks. One that is still in use is tried again for a second.
 pub fn unload(name: &str) -> Result<()> {
+    // The kernel asks for root before it looks whether there is anything to unload.
+    let all = Path::new("/sys/module");
+    if all.is_dir() && !all.join(name).exists() {
+        return Ok(());
+    }
     let c = CString::new(name).map_err(|_| Error::Module("a name with a NUL".into()))?;
     let mut e = io::Error::from_raw_os_error(0);
     for _ in 0..100 {
@@ -244,7 +265,11 @@ pub fn unload(name: &str) -> Result<()> {
             _ => break,
         }
     }
-    Err(Error::Module(format!("cannot unload {name}: {e}")))
+    let hint = match e.raw_os_error() {
+        Some(libc::EPERM) => ": unloading modules needs root (CAP_SYS_MODULE)",
+        _ => "",
+    };
+    Err(Error::Module(format!("cannot unload {name}: {e}{hint}")))
 }
 
 /// What a configuration means at a level: `None` for not loaded, else the mode of
