@@ -60,9 +60,14 @@ impl Door {
         SocketAddr::from_abstract_name(name)
             .and_then(|name| UnixListener::bind_addr(&name))
             .map(Door)
-            .map_err(|source| Error::Os {
-                what: "the socket for `matryoshka save`",
-                source,
+            .map_err(|source| match source.raw_os_error() {
+                Some(libc::ENOSYS | libc::EAFNOSUPPORT) => {
+                    Error::Stack("this kernel has no Unix sockets".into())
+                }
+                _ => Error::Os {
+                    what: "the socket for `matryoshka save`",
+                    source,
+                },
             })
     }
 
