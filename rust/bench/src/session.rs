@@ -356,10 +356,10 @@ pub fn need_module(args: &BenchArgs) -> Result<(), Failure> {
             Err(Failure(
                 Code::NoModule,
                 format!(
-                    "configuration {} needs the module, and {} is not there: build it with \
-                     `make modules`, or measure `--config stock` alone",
+                    "configuration {} needs the module, and {} is not there\n  {}; or measure `--config stock` alone",
                     config.name(),
-                    file.display()
+                    file.display(),
+                    vmm::module::GET_IT,
                 ),
             ))
         }

@@ -3,7 +3,7 @@
 //!
 //! | file | what |
 //! | ---- | ---- |
-//! | `DIR/matryoshka.ko` | the module for the kernel of this level |
+//! | `DIR/matryoshka.ko` | the module for the kernel of this level; without it the one in /lib/modules |
 //! | `DIR/payload` | the bare-metal payload |
 //! | `DIR/guest/vmlinux` (or bzImage, vmlinuz) | the kernel of the Linux levels |
 //! | `DIR/guest/irqbypass.ko`, `kvm.ko`, `kvm-intel.ko` | its KVM |
@@ -17,15 +17,17 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::stack::Inner;
-use crate::{Error, Result};
+use crate::{module, Error, Result};
 
 /// Where the files are by default.
 pub const DIR: &str = "/lib/matryoshka";
+/// How they get there.
+pub const INSTALL: &str = "make build && sudo make install puts it into /lib/matryoshka";
 /// Modules in the order in which they must be loaded.
 pub const KVM_MODULES: [&str; 3] = ["irqbypass", "kvm", "kvm-intel"];
 /// Names of a guest kernel in the order of preference: what need not unpack itself
 /// comes first.
-const KERNELS: [&str; 3] = ["vmlinux", "bzImage", "vmlinuz"];
+pub const KERNELS: [&str; 3] = ["vmlinux", "bzImage", "vmlinuz"];
 
 /// The files.
 #[derive(Debug, Clone)]
@@ -84,15 +86,18 @@ impl Files {
 
     /// The module for the kernel of this level. It need not be there.
     pub fn module_here(&self) -> PathBuf {
-        self.dir.join("matryoshka.ko")
+        let own = self.dir.join("matryoshka.ko");
+        match own.is_file() {
+            true => own,
+            false => module::installed().unwrap_or(own),
+        }
     }
 
     /// The kernel of the Linux levels.
     pub fn kernel(&self) -> Result<&Path> {
         self.kernel.as_deref().ok_or_else(|| {
             Error::Stack(format!(
-                "no guest kernel: {} has none of {}\n  the lab builds one (scripts/lab setup); --guest DIR names \
-                 another directory",
+                "no guest kernel: {} has none of {}\n  {INSTALL}; or --guest DIR",
                 self.guest.display(),
                 KERNELS.join(", ")
             ))
@@ -105,7 +110,7 @@ impl Files {
             return Ok(&self.payload);
         }
         Err(Error::Stack(format!(
-            "no payload: {} is not there\n  the lab builds it (scripts/lab setup); --payload FILE names another",
+            "no payload: {} is not there\n  {INSTALL}; or --payload FILE",
             self.payload.display()
         )))
     }
@@ -144,7 +149,7 @@ impl Files {
                 None if innermost || name == "irqbypass" => {}
                 None => {
                     return Err(Error::Stack(format!(
-                        "{} has no {name}.ko, so nothing can run inside that guest",
+                        "{} has no {name}.ko, so nothing can run inside that guest\n  {INSTALL}; or --guest DIR",
                         self.guest.display()
                     )))
                 }

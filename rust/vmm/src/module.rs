@@ -13,12 +13,15 @@ use std::time::Duration;
 use protocol::Config;
 use serde::{Deserialize, Serialize};
 
+use crate::files::INSTALL;
 use crate::{Error, Result};
 
 /// The module's name.
 pub const NAME: &str = "matryoshka";
 /// Where its sysfs directory is.
 pub const SYSFS: &str = "/sys/kernel/matryoshka";
+/// What to do about a module that is not there.
+pub const GET_IT: &str = "make modules, then sudo make modules_install or sudo make install";
 /// What to do about a setting that this user may not change.
 const ROOT_ONLY: &str = "the module's settings belong to root: try again with sudo";
 
@@ -201,6 +204,21 @@ pub fn tune(knobs: &[Knob]) -> Result<()> {
         .try_for_each(|knob| module.set(&knob.path, &knob.name, &knob.value))
 }
 
+/// Where modprobe may find the module for a kernel of this release.
+pub fn places(release: &str) -> impl Iterator<Item = String> + '_ {
+    ["updates", "updates/dkms", "extra"]
+        .into_iter()
+        .flat_map(|dir| ["ko", "ko.xz", "ko.zst"].map(|end| (dir, end)))
+        .map(move |(dir, end)| format!("/lib/modules/{release}/{dir}/{NAME}.{end}"))
+}
+
+/// The module that is installed for the running kernel.
+pub fn installed() -> Option<PathBuf> {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").ok()?;
+    let mut files = places(release.trim()).map(PathBuf::from);
+    files.find(|file| file.is_file())
+}
+
 /// Loads a module file with parameters (finit_module). That it is loaded already
 /// is no error.
 pub fn load(file: &Path, params: &str) -> Result<()> {
@@ -231,6 +249,9 @@ pub fn load(file: &Path, params: &str) -> Result<()> {
         Some(libc::EPERM) => ": loading modules needs root (CAP_SYS_MODULE), and no lockdown",
         Some(libc::ENOEXEC) => ": it was built for another kernel",
         Some(libc::ENOENT) => ": it needs a symbol or module that is not there; see the kernel log",
+        Some(libc::EOPNOTSUPP) if flags != 0 => {
+            ": this kernel does not unpack module files; modprobe does, so modprobe it first"
+        }
         Some(libc::EOPNOTSUPP | libc::ENODEV) => {
             ": the hardware lacks what it needs; see the kernel log"
         }
@@ -293,8 +314,9 @@ pub fn apply(config: Config, level: u32, file: &Path) -> Result<()> {
             if !module.present() {
                 if !file.exists() {
                     return Err(Error::Module(format!(
-                        "L{level} has none to load: {} is not there",
-                        file.display()
+                        "L{level} has none to load: {} is not there\n  {}",
+                        file.display(),
+                        if level == 0 { GET_IT } else { INSTALL },
                     )));
                 }
                 load(file, "")?;
