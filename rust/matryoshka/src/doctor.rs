@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde::Serialize;
+use vmm::files::{DIR, INSTALL, KERNELS};
+use vmm::module;
 
 use crate::status::table;
 use crate::Code;
@@ -227,6 +229,12 @@ fn check(host: &Host) -> Vec<Check> {
             "rust_helper_mutex_lock",
             "the module is written in Rust: use a kernel built with it (Debian's from 7.x on)",
         ),
+        (
+            "kprobes",
+            "CONFIG_KPROBES",
+            "register_kprobe",
+            "the module finds KVM's functions with them: use a kernel built with it",
+        ),
     ] {
         out.push(match host.config(option).or_else(|| host.symbol(symbol)) {
             Some(true) => Check::new(name, Ok, option, ""),
@@ -259,39 +267,61 @@ fn check(host: &Host) -> Vec<Check> {
     ));
 
     let version = host.read("/sys/kernel/matryoshka/version");
-    let places = [
-        "/lib/matryoshka/matryoshka.ko".to_owned(),
-        format!("/lib/modules/{}/extra/matryoshka.ko", host.release),
-        format!("/lib/modules/{}/updates/matryoshka.ko", host.release),
-        format!("/lib/modules/{}/updates/dkms/matryoshka.ko", host.release),
-    ];
-    let file = places
-        .iter()
-        .flat_map(|p| [p.clone(), format!("{p}.xz"), format!("{p}.zst")])
-        .find(|p| host.exists(p));
-    out.push(match (version, file) {
+    let modprobe = module::places(&host.release).find(|p| host.exists(p));
+    let insmod = format!("{DIR}/matryoshka.ko");
+    out.push(match (version, modprobe) {
         (Some(v), _) => Check::new("module", Ok, format!("loaded, version {v}"), ""),
         (None, Some(f)) => Check::new(
             "module",
             Warn,
             format!("not loaded; {f}"),
-            &format!("insmod {f}"),
+            "modprobe matryoshka",
+        ),
+        // modprobe does not look there, and insmod takes no options of /etc/modprobe.d.
+        (None, None) if host.exists(&insmod) => Check::new(
+            "module",
+            Warn,
+            format!("not loaded; {insmod}"),
+            &format!("insmod {insmod}; or make modules_install, then modprobe matryoshka"),
         ),
         (None, None) => Check::new(
             "module",
             Warn,
             "neither loaded nor installed",
-            "make modules_install, then modprobe matryoshka",
+            "make modules && sudo make modules_install, then modprobe matryoshka",
         ),
     });
-    let guest = ["vmlinux", "bzImage", "vmlinuz"]
-        .iter()
-        .any(|k| host.exists(&format!("/lib/matryoshka/guest/{k}")));
+
+    let guest = format!("{DIR}/guest");
+    let kernel = KERNELS.iter().any(|k| host.exists(&format!("{guest}/{k}")));
     out.push(Check::new(
         "guest kernel",
-        flag(guest, Warn),
-        if guest { "/lib/matryoshka/guest" } else { "none" },
-        "nest needs one: the lab builds it (scripts/lab setup), --guest DIR names a directory that has one",
+        flag(kernel, Warn),
+        if kernel { &guest } else { "none" },
+        &format!("nest and bench start guests with it: {INSTALL}; or --guest DIR"),
+    ));
+    let missing: Vec<&str> = ["kvm", "kvm-intel"]
+        .into_iter()
+        .filter(|m| {
+            let file = |end| host.exists(&format!("{guest}/{m}.{end}"));
+            !["ko", "ko.xz", "ko.zst"].into_iter().any(file)
+        })
+        .collect();
+    out.push(Check::new(
+        "guest KVM",
+        flag(missing.is_empty(), Warn),
+        match missing.is_empty() {
+            true => guest,
+            false => format!("no {}", missing.join(", no ")),
+        },
+        &format!("depth 2 and more needs these modules: {INSTALL}; or --guest DIR"),
+    ));
+    let payload = host.exists(&format!("{DIR}/payload"));
+    out.push(Check::new(
+        "payload",
+        flag(payload, Warn),
+        if payload { DIR } else { "none" },
+        &format!("nest and bench run it innermost: {INSTALL}; or --payload FILE"),
     ));
     out
 }
@@ -382,7 +412,7 @@ mod tests {
         }
     }
 
-    const GOOD: [(&str, &str); 12] = [
+    const GOOD: [(&str, &str); 15] = [
         (
             "/proc/cpuinfo",
             "processor\t: 0\nflags\t\t: fpu vmx\nvmx flags\t: vnmi ept vpid shadow_vmcs\n\n",
@@ -396,7 +426,7 @@ mod tests {
         ("/sys/kernel/btf/kvm_intel", ""),
         (
             "/boot/config-7.3",
-            "CONFIG_RUST=y\nCONFIG_DYNAMIC_FTRACE_WITH_DIRECT_CALLS=y\n",
+            "CONFIG_RUST=y\nCONFIG_DYNAMIC_FTRACE_WITH_DIRECT_CALLS=y\nCONFIG_KPROBES=y\n",
         ),
         (
             "/sys/kernel/security/lockdown",
@@ -404,6 +434,9 @@ mod tests {
         ),
         ("/sys/kernel/matryoshka/version", "0.1\n"),
         ("/lib/matryoshka/guest/vmlinux", ""),
+        ("/lib/matryoshka/guest/kvm.ko", ""),
+        ("/lib/matryoshka/guest/kvm-intel.ko.xz", ""),
+        ("/lib/matryoshka/payload", ""),
     ];
 
     #[test]
@@ -451,6 +484,36 @@ mod tests {
         let t = Tree::new("symbols", &files);
         assert_eq!(t.verdict("ftrace direct calls"), Verdict::Ok);
         assert_eq!(t.verdict("Rust in the kernel"), Verdict::Bad);
+        assert_eq!(t.verdict("kprobes"), Verdict::Bad);
+    }
+
+    #[test]
+    fn what_is_installed_is_loaded_with_its_options() {
+        let todo = |t: &Tree| {
+            let all = check(&t.0);
+            let module = all.into_iter().find(|c| c.name == "module");
+            module.unwrap().todo
+        };
+        let mut files = vec![("/lib/matryoshka/matryoshka.ko", "")];
+        let t = Tree::new("insmod", &files);
+        assert!(todo(&t).starts_with("insmod /lib/matryoshka/matryoshka.ko"));
+        files.push(("/lib/modules/7.3/updates/dkms/matryoshka.ko.xz", ""));
+        let t = Tree::new("modprobe", &files);
+        assert_eq!(todo(&t), "modprobe matryoshka");
+    }
+
+    #[test]
+    fn what_stacks_are_made_of_is_looked_for() {
+        for (path, name) in [
+            ("/lib/matryoshka/guest/vmlinux", "guest kernel"),
+            ("/lib/matryoshka/guest/kvm-intel.ko.xz", "guest KVM"),
+            ("/lib/matryoshka/payload", "payload"),
+        ] {
+            let mut files = GOOD.to_vec();
+            files.retain(|f| f.0 != path);
+            let t = Tree::new(&name.replace(' ', "-"), &files);
+            assert_eq!(t.verdict(name), Verdict::Warn);
+        }
     }
 
     #[test]
