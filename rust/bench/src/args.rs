@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! The command line.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
 use protocol::{Config, Op, Pattern};
-use vmm::files::{Files, DIR};
+use vmm::files::Files;
 use vmm::stack::{Local, MAX_DEPTH, TOUCH_PAGES};
 
 use crate::plan::Amount;
@@ -218,14 +218,7 @@ impl BenchArgs {
 
     /// What a stack is made of.
     pub fn files(&self) -> Files {
-        let mut files = Files::new(Path::new(DIR), Path::new("/proc/self/exe"));
-        if let Some(guest) = &self.guest {
-            files = files.with_guest(guest);
-        }
-        if let Some(payload) = &self.payload {
-            files = files.with_payload(payload);
-        }
-        files
+        Files::chosen(self.guest.as_deref(), self.payload.as_deref())
     }
 
     /// L0's options of a stack.
@@ -246,7 +239,8 @@ fn names<'a>(names: impl Iterator<Item = &'a str>) -> String {
     format!("one of {}", names.collect::<Vec<_>>().join(", "))
 }
 
-fn parse_config(text: &str) -> Result<Config, String> {
+/// Reads the name of a configuration.
+pub fn parse_config(text: &str) -> Result<Config, String> {
     Config::from_name(text).ok_or_else(|| names(Config::EVERY.iter().map(|config| config.name())))
 }
 

@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use bench::args::parse_config;
 use clap::Args;
 use protocol::{Boot, Command, Config, Line};
 use serde::{Deserialize, Serialize};
-use vmm::files::{Files, DIR};
+use vmm::files::Files;
 use vmm::machine::Exit;
 use vmm::stack::{self, Handler, Inner, Local, Spec, MAX_DEPTH, TOUCH_PAGES};
 use vmm::Error;
@@ -107,13 +108,6 @@ pub struct NestArgs {
     verbose: u8,
 }
 
-fn parse_config(s: &str) -> Result<Config, String> {
-    Config::from_name(s).ok_or_else(|| {
-        let names: Vec<_> = Config::EVERY.iter().map(|c| c.name()).collect();
-        format!("one of {}", names.join(", "))
-    })
-}
-
 fn parse_file(s: &str) -> Result<(PathBuf, String), String> {
     match s.split_once('=') {
         Some((src, dst)) if !src.is_empty() && dst.starts_with('/') => Ok((src.into(), dst.into())),
@@ -151,14 +145,7 @@ impl NestArgs {
     }
 
     fn files(&self) -> Files {
-        let mut f = Files::new(Path::new(DIR), Path::new("/proc/self/exe"));
-        if let Some(g) = &self.guest {
-            f = f.with_guest(g);
-        }
-        if let Some(p) = &self.payload {
-            f = f.with_payload(p);
-        }
-        f
+        Files::chosen(self.guest.as_deref(), self.payload.as_deref())
     }
 
     /// The additional files of an innermost Linux: a shell above all.

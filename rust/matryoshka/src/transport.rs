@@ -4,7 +4,7 @@
 
 use std::io::IsTerminal;
 use std::os::fd::AsRawFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use std::time::Duration;
 use clap::Args;
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use vmm::door::{self, Door};
-use vmm::files::{Files, DIR};
+use vmm::files::Files;
 use vmm::stack::{self, Local};
 use vmm::Error;
 
@@ -180,7 +180,7 @@ fn go_on(args: &RestoreArgs) -> Result<stack::Outcome, Error> {
         false => None,
     };
     let mut host = nest::Host::restored(&stopped.handler, stopped.spec.depth, args.plain)?;
-    let files = Files::new(Path::new(DIR), Path::new("/proc/self/exe"));
+    let files = Files::chosen(None, None);
     let terminal = interactive.then(|| stdin.as_raw_fd());
     let outcome = stopped.go_on(&files, terminal, &mut host);
     drop(raw);

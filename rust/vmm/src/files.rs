@@ -58,6 +58,19 @@ impl Files {
         }
     }
 
+    /// The files of a command line: those below [`DIR`] and this very program, but guests' kernel and modules, and the
+    /// payload, from where the user says.
+    pub fn chosen(guest: Option<&Path>, payload: Option<&Path>) -> Files {
+        let mut files = Files::new(Path::new(DIR), Path::new("/proc/self/exe"));
+        if let Some(guest) = guest {
+            files = files.with_guest(guest);
+        }
+        if let Some(payload) = payload {
+            files = files.with_payload(payload);
+        }
+        files
+    }
+
     /// Takes kernel and modules of the Linux levels from another directory.
     pub fn with_guest(mut self, guest: &Path) -> Files {
         self.guest = guest.to_owned();
