@@ -11,7 +11,14 @@ use vmm::stack::{Local, MAX_DEPTH, TOUCH_PAGES};
 
 use crate::plan::Amount;
 
-const HELP: &str = "Examples:
+/// What the configurations are, and what they do to this host.
+pub const CONFIGURATIONS: &str =
+    "Configurations: stock (module not loaded), idle (loaded, every path off), l0 (every path on in
+L0), all (on at every level), check (every path in L0 compares itself with the stock code). They
+load, unload and set this host's module, which serves all its guests; modes and knobs are not put
+back afterwards. Needs root.";
+
+const EXAMPLES: &str = "Examples:
   matryoshka bench                                    depths 1 to 3, stock against the module
   matryoshka bench --depth 2 --ops hypercall,cpuid    two operations executed by L2
   matryoshka bench --depth 2 --ops touch_warm,touch_cold --config stock,l0
@@ -25,13 +32,47 @@ const HELP: &str = "Examples:
   matryoshka bench --test --depth 1 --log out         the payload's correctness tests instead
 
 Depth is the level that executes an operation. Counts are retired instructions of all levels
-together on the laboratory's emulator, and cycles on a real machine. Configurations: stock (module
-not loaded), idle (loaded, every path off), l0 (every path on in L0), all (on at every level),
-check (every path in L0 compares itself with the stock code).";
+together on the laboratory's emulator, and cycles on a real machine.";
+
+/// What an operation is, in a line of help.
+const fn about(op: Op) -> &'static str {
+    match op {
+        Op::Hypercall => "VMCALL of the payload's child; HOST_RSP and HOST_RIP written each time",
+        Op::HypercallLean => "the same, but only GUEST_RIP is read and written",
+        Op::HypercallEpt => "the lean one with EPT, VPID and unrestricted guest, as KVM has it",
+        Op::KvmHypercall => "VMCALL to the payload's parent, which answers in its kernel",
+        Op::Cpuid => "CPUID, answered by the parent's kernel",
+        Op::Pio => "OUT to a port that the parent's VMM handles in user space",
+        Op::VmreadShadowed => "VMREAD of GUEST_RIP, which stock KVM shadows",
+        Op::VmreadUnshadowed => "VMREAD of GUEST_ES_SELECTOR, which it does not",
+        Op::VmwriteUnshadowed => "VMWRITE of GUEST_ES_SELECTOR",
+        Op::VmptrldSame => "VMPTRLD of the VMCS that is current already",
+        Op::VmptrldSwitch => "VMPTRLD of the other one of two VMCSs, both launched",
+        Op::VmclearVmptrld => "VMCLEAR of the current VMCS and VMPTRLD of it again",
+        Op::Phases => "4 phases of 256 lean hypercalls, each with other unshadowed fields",
+        Op::PhasesShort => "the same with 32 hypercalls in a phase",
+        Op::TouchWarm => "child's first touch of pages that the payload's EPT maps, L0 has backed",
+        Op::TouchLarge => "the same with pages of 2 MiB in the payload's EPT, and small ones in L0",
+        Op::TouchReflected => {
+            "child's first touch of pages that the payload maps on each EPT violation"
+        }
+        Op::TouchUnmapped => "payload's first touch of pages that its VMM has populated",
+        Op::TouchCold => "payload's first touch of pages that its VMM has not backed",
+        Op::Boot => "a Linux guest from its first instruction to its init",
+    }
+}
+
+fn help() -> String {
+    let mut help = format!("{EXAMPLES}\n\n{CONFIGURATIONS}\n\nOperations:");
+    for op in Op::EVERY {
+        help += &format!("\n  {:18}  {}", op.name(), about(op));
+    }
+    help
+}
 
 /// Measure operations of nested guests, with and without the module
 #[derive(Args, Clone, Debug)]
-#[command(after_help = HELP)]
+#[command(after_help = help())]
 pub struct BenchArgs {
     /// Levels that execute the operations
     #[arg(long, visible_alias = "depths", value_delimiter = ',', default_value = "1,2,3",
@@ -43,9 +84,7 @@ pub struct BenchArgs {
         value_parser = parse_config, value_name = "CONFIG,...")]
     pub config: Vec<Config>,
 
-    /// Operations, or `every`: hypercall, hypercall_lean, hypercall_ept, kvm_hypercall, cpuid, pio,
-    /// vmread_shadowed, vmread_unshadowed, vmwrite_unshadowed, vmptrld_same, vmptrld_switch,
-    /// vmclear_vmptrld, phases, phases_short, touch_warm, touch_reflected, touch_unmapped, touch_cold, boot
+    /// Operations of the list below, or `every`
     #[arg(long, value_delimiter = ',', value_parser = parse_ops, value_name = "OP,...",
         default_value = "hypercall,cpuid,vmread_unshadowed,vmptrld_switch,touch_cold")]
     pub ops: Vec<Ops>,
@@ -268,5 +307,22 @@ fn parse_scale(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(number) if number.is_finite() && number > 0.0 => Ok(number),
         _ => Err("a number above 0".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn help_has_every_operation_in_a_line() {
+        let help = help();
+        for op in Op::EVERY {
+            let line = format!("\n  {:18}  {}", op.name(), about(op));
+            assert!(help.contains(&line) && line.len() <= 100, "{line}");
+        }
+        assert!(Config::EVERY
+            .iter()
+            .all(|c| CONFIGURATIONS.contains(c.name())));
     }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use bench::args::parse_config;
+use bench::args::{parse_config, CONFIGURATIONS};
 use clap::Args;
 use protocol::{Boot, Command, Config, Line};
 use serde::{Deserialize, Serialize};
@@ -29,9 +29,13 @@ const EXAMPLES: &str = "Examples:
 Every level between is the same trimmed Linux with this same program as its init. Lines are
 printed with the level they come from. Ctrl-C ends everything; nothing is left behind.";
 
+fn help() -> String {
+    format!("{EXAMPLES}\n\n{CONFIGURATIONS}\n\n`matryoshka bench --help` lists operations and patterns.")
+}
+
 /// Start a stack of nested machines.
 #[derive(Args, Debug)]
-#[command(after_help = EXAMPLES)]
+#[command(after_help = help())]
 pub struct NestArgs {
     /// The innermost level: 1 is a guest of this host, 2 a guest of that
     #[arg(long, short, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=MAX_DEPTH as i64))]
@@ -49,7 +53,8 @@ pub struct NestArgs {
     #[arg(long, value_name = "FILE")]
     payload: Option<PathBuf>,
 
-    /// What the payload is to do: ops=OP:SAMPLES,... or tests=GROUP,... (Documentation/testing.md)
+    /// What the payload is to do: ops=ITEM,... with OP:SAMPLES or TOUCH/PATTERN:PAGESxPASSES as items,
+    /// or tests=GROUP,... (Documentation/testing.md)
     #[arg(
         long,
         default_value = "ops=cpuid:20,hypercall:20",
