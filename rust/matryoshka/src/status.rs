@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! `matryoshka status` and `matryoshka set`: the module through sysfs.
 
+use std::collections::BTreeMap;
+
 use clap::Args;
 use comfy_table::{presets, CellAlignment, Table};
 use serde_json::json;
@@ -77,45 +79,74 @@ fn show(module: &Module, as_json: bool) -> vmm::Result<String> {
         let v = json!({ "schema": 1, "module": attributes, "paths": paths });
         return serde_json::to_string_pretty(&v).map_err(|e| Error::Module(e.to_string()));
     }
-    let mut text: Vec<String> = attributes
-        .iter()
-        .map(|(k, v)| format!("{k}: {v}"))
-        .collect();
+    let mut text = module_lines(&attributes);
     text.push(String::new());
     text.push(path_table(&paths).to_string());
+    let more: Vec<String> = paths.iter().filter_map(path_line).collect();
+    if !more.is_empty() {
+        text.push(String::new());
+        text.extend(more);
+    }
     Ok(text.join("\n"))
 }
 
-/// A table with a row for each path and a column for each of their values.
+/// What the module says of itself, for humans: a table of all hooks with their addresses is nothing for them.
+fn module_lines(attributes: &BTreeMap<String, String>) -> Vec<String> {
+    attributes
+        .iter()
+        .filter(|(name, _)| *name != "hooks")
+        .map(|(name, value)| {
+            match (
+                name.as_str(),
+                &value.split_whitespace().collect::<Vec<_>>()[..],
+            ) {
+                ("vcpus", [count, bytes, most]) => {
+                    format!("vcpus: {count} vCPUs, {bytes} bytes each, at most {most}")
+                }
+                _ => format!("{name}: {value}"),
+            }
+        })
+        .collect()
+}
+
+/// The counters that every path has.
+const COUNTERS: [&str; 4] = ["taken", "checked", "mismatches", "saved_exits"];
+
+/// A table with a row for each path and a column for each counter.
 fn path_table(paths: &[PathStatus]) -> Table {
-    let mut columns: Vec<&str> = Vec::new();
-    for key in paths.iter().flat_map(|p| p.values.keys()) {
-        if !columns.contains(&key.as_str()) {
-            columns.push(key);
-        }
-    }
     let mut t = table();
-    t.set_header(
-        ["path", "mode", "state"]
-            .into_iter()
-            .chain(columns.iter().copied()),
-    );
+    t.set_header(["path", "mode", "state"].into_iter().chain(COUNTERS));
     for p in paths {
-        let values = columns.iter().map(|c| match p.values.get(*c) {
-            // Some attributes have a line for each of several things.
-            Some(v) => v.replace('\n', ", "),
-            None => "-".into(),
-        });
-        t.add_row(
-            [p.name.clone(), p.mode.clone(), p.state.clone()]
-                .into_iter()
-                .chain(values),
-        );
+        let values = COUNTERS.map(|c| p.values.get(c).map_or("-", String::as_str));
+        t.add_row([&*p.name, &*p.mode, &*p.state].into_iter().chain(values));
     }
     for c in t.column_iter_mut().skip(3) {
         c.set_cell_alignment(CellAlignment::Right);
     }
     t
+}
+
+/// Why a path left calls to the stock code, as far as it did, and how its knobs are set; nothing if there is nothing to say.
+fn path_line(p: &PathStatus) -> Option<String> {
+    let reasons = p.values.get("fallbacks").map_or("", String::as_str);
+    let reasons: Vec<&str> = reasons.lines().filter(|l| !l.ends_with(" 0")).collect();
+    let knobs: Vec<String> = p
+        .values
+        .iter()
+        .filter(|(name, _)| *name != "fallbacks" && !COUNTERS.contains(&name.as_str()))
+        .map(|(name, value)| match value.as_str() {
+            "" => format!("{name} none"),
+            value => format!("{name} {}", value.replace('\n', " ")),
+        })
+        .collect();
+    let mut parts = Vec::new();
+    if !reasons.is_empty() {
+        parts.push(format!("fallbacks {}", reasons.join(", ")));
+    }
+    if !knobs.is_empty() {
+        parts.push(format!("knobs {}", knobs.join(", ")));
+    }
+    (!parts.is_empty()).then(|| format!("{}: {}", p.name, parts.join("; ")))
 }
 
 /// A table in the tool's style.
@@ -161,32 +192,60 @@ pub fn set(args: SetArgs) -> Code {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::BTreeMap;
 
-    #[test]
-    fn table_has_a_column_for_every_value() {
-        let p = |name: &str, values: &[(&str, &str)]| PathStatus {
+    fn path(name: &str, values: &[(&str, &str)]) -> PathStatus {
+        PathStatus {
             name: name.into(),
             mode: "on".into(),
             state: "ready".into(),
-            values: values
-                .iter()
-                .map(|(k, v)| (k.to_string(), v.to_string()))
-                .collect::<BTreeMap<_, _>>(),
-        };
-        let t = path_table(&[p("a", &[("taken", "12")]), p("b", &[("knob", "3")])]).to_string();
-        let lines: Vec<&str> = t.lines().collect();
-        assert_eq!(
-            lines[0].split_whitespace().collect::<Vec<_>>(),
-            ["path", "mode", "state", "taken", "knob"]
+            values: map(values),
+        }
+    }
+
+    fn map(values: &[(&str, &str)]) -> BTreeMap<String, String> {
+        let own = |(k, v): &(&str, &str)| (k.to_string(), v.to_string());
+        values.iter().map(own).collect()
+    }
+
+    #[test]
+    fn table_has_a_column_for_every_counter() {
+        let all = [("taken", "12"), ("checked", "3"), ("window", "32")];
+        let t = path_table(&[path("a", &all), path("b", &[("saved_exits", "4")])]).to_string();
+        let rows: Vec<Vec<&str>> = t.lines().map(|l| l.split_whitespace().collect()).collect();
+        assert_eq!(rows[0][..3], ["path", "mode", "state"]);
+        assert_eq!(rows[0][3..], COUNTERS);
+        assert_eq!(rows[1], ["a", "on", "ready", "12", "3", "-", "-"]);
+        assert_eq!(rows[2], ["b", "on", "ready", "-", "-", "-", "4"]);
+    }
+
+    #[test]
+    fn a_path_says_only_what_there_is_to_say() {
+        let fallbacks = ("fallbacks", "dirty 0\nevents 10\nother 3");
+        let p = path(
+            "a",
+            &[("taken", "1"), fallbacks, ("pinned", ""), ("window", "32")],
         );
+        let line = "a: fallbacks events 10, other 3; knobs pinned none, window 32";
+        assert_eq!(path_line(&p).as_deref(), Some(line));
         assert_eq!(
-            lines[1].split_whitespace().collect::<Vec<_>>(),
-            ["a", "on", "ready", "12", "-"]
+            path_line(&path("b", &[("taken", "1"), ("fallbacks", "")])),
+            None
         );
+    }
+
+    #[test]
+    fn humans_get_no_addresses() {
+        let lines = module_lines(&map(&[
+            ("hooks", "kvm f known off 0 0x0"),
+            ("vcpus", "2 4096 65536"),
+            ("version", "0.1.0"),
+        ]));
         assert_eq!(
-            lines[2].split_whitespace().collect::<Vec<_>>(),
-            ["b", "on", "ready", "-", "3"]
+            lines,
+            [
+                "vcpus: 2 vCPUs, 4096 bytes each, at most 65536",
+                "version: 0.1.0"
+            ]
         );
     }
 }
