@@ -106,22 +106,7 @@ impl Module {
                 known.join(", ")
             )));
         }
-        fs::write(&file, value).map_err(|e| {
-            let why = match e.raw_os_error() {
-                Some(libc::EACCES | libc::EPERM) => {
-                    format!("{}: {e}: {ROOT_ONLY}", file.display())
-                }
-                Some(libc::EOPNOTSUPP) => {
-                    let state = fs::read_to_string(dir.join("state")).unwrap_or_default();
-                    format!("path {path} cannot work here: {}", state.trim())
-                }
-                _ => format!(
-                    "{} does not take {value:?}: {e}; Documentation/ABI says what it takes",
-                    file.display()
-                ),
-            };
-            Error::Module(why)
-        })
+        fs::write(&file, value).map_err(|e| Error::Module(refusal(&file, value, &e)))
     }
 
     /// Sets the mode of every path that can work on this kernel.
@@ -136,6 +121,19 @@ impl Module {
             }
         }
         Ok(())
+    }
+}
+
+/// Why the attribute `file` of a path was not set to `value`.
+fn refusal(file: &Path, value: &str, e: &io::Error) -> String {
+    let name = file.display();
+    match e.raw_os_error() {
+        Some(libc::EACCES | libc::EPERM) => format!("{name}: {e}: {ROOT_ONLY}"),
+        Some(libc::EOPNOTSUPP) => {
+            let state = fs::read_to_string(file.with_file_name("state")).unwrap_or_default();
+            format!("{name}: it cannot work here: {}", state.trim())
+        }
+        _ => format!("{name} does not take {value:?}: {e}; Documentation/ABI says what it takes"),
     }
 }
 
@@ -399,6 +397,16 @@ mod tests {
         assert!(e.contains("mode, state, taken"), "{e}");
         assert!(m.set("../paths/checks", "mode", "on").is_err());
         assert!(m.set("checks", "../checks/mode", "on").is_err());
+    }
+
+    #[test]
+    fn a_refusal_says_why() {
+        let t = Tree::new("refusal");
+        let mode = t.0.join("paths/broken/mode");
+        let says = |errno| refusal(&mode, "on", &io::Error::from_raw_os_error(errno));
+        assert!(says(libc::EACCES).contains("sudo"));
+        assert!(says(libc::EOPNOTSUPP).ends_with("unavailable: no symbol"));
+        assert!(says(libc::EINVAL).contains("Documentation/ABI"));
     }
 
     #[test]
