@@ -22,7 +22,7 @@ use crate::{module, Error, Result};
 /// Where the files are by default.
 pub const DIR: &str = "/lib/matryoshka";
 /// How they get there.
-pub const INSTALL: &str = "make build && sudo make install puts it into /lib/matryoshka";
+pub const INSTALL: &str = "make build && sudo make install fills /lib/matryoshka";
 /// Modules in the order in which they must be loaded.
 pub const KVM_MODULES: [&str; 3] = ["irqbypass", "kvm", "kvm-intel"];
 /// Names of a guest kernel in the order of preference: what need not unpack itself
