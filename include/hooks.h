@@ -13,7 +13,8 @@
  *         kernel's BTF before the function is touched.
  *
  * The trampolines (src/hook/trampoline.S) and the engine (src/hook/) expand this same list.
- * Add a line here and write mtk_on_<id>() in the path that wants it; nothing else.
+ * Add a line here and its constant in src/hook/mod.rs, and write mtk_on_<id>() in the path that
+ * wants it; nothing else.
  */
 #define MTK_HOOKS(HOOK)							\
 	HOOK(check_controls, kvm_intel, nested_vmx_check_controls, 2)	\

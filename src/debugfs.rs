@@ -69,12 +69,12 @@ fn show_enable(_: &(), f: &mut fmt::Formatter<'_>) -> fmt::Result {
 }
 
 fn store_enable(_: &(), reader: &mut UserSliceReader) -> Result {
-    let mut text = [0u8; 2];
-    let n = reader.len().min(2);
-    reader.read_slice(text.get_mut(..n).ok_or(EINVAL)?)?;
+    let mut text = [0u8; 8];
+    let text = text.get_mut(..reader.len()).ok_or(EINVAL)?;
+    reader.read_slice(text)?;
     match text.trim_ascii_end() {
-        [b'0', ..] => control::set_accounting(false),
-        [b'1', ..] => control::set_accounting(true),
+        b"0" => control::set_accounting(false),
+        b"1" => control::set_accounting(true),
         _ => Err(EINVAL),
     }
 }
@@ -88,8 +88,7 @@ fn show_alloc_fault(_: &(), f: &mut fmt::Formatter<'_>) -> fmt::Result {
 
 fn store_alloc_fault(_: &(), reader: &mut UserSliceReader) -> Result {
     let mut text = [0u8; 8];
-    let n = reader.len().min(8);
-    let text = text.get_mut(..n).ok_or(EINVAL)?;
+    let text = text.get_mut(..reader.len()).ok_or(EINVAL)?;
     reader.read_slice(text)?;
     let number = policy::knob::number(text).ok_or(EINVAL)?;
     alloc::VCPU.arm(u32::from(number));

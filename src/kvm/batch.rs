@@ -14,8 +14,10 @@ impl Leaf<'_> {
     /// Maps the pages from `gfn` of L1's memory at `index` and after, as many as the host has in memory, writable, from the first
     /// on, at most [`BATCH`]. Returns how many that is. Entries are made "not accessed".
     ///
+    /// # Safety
+    ///
     /// The entries are empty, no more than `spare_rmap_entries()`, and no addresses are being invalidated.
-    pub(crate) fn map(&self, index: usize, count: usize, to: Translation) -> usize {
+    pub(crate) unsafe fn map(&self, index: usize, count: usize, to: Translation) -> usize {
         if count > BATCH || index + count > ENTRIES {
             return 0;
         }

@@ -7,6 +7,7 @@ use crate::{
     hook::CallId,
     policy::segments::{self, Inputs},
 };
+use core::sync::atomic::{AtomicU64, Ordering};
 
 /// X86_CR0_PE.
 const CR0_PE: usize = 1 << 0;
@@ -22,9 +23,9 @@ const _: () = assert!(core::mem::offset_of!(bindings::vcpu_vmx, vcpu) == 0);
 ///
 /// # Invariants
 ///
-/// The pointer is to a live `struct vcpu_vmx` whose mutex the current task holds, so that fields
-/// that only the vCPU's thread changes stay put; the VMCS that `loaded_vmcs` names is current on
-/// this CPU whenever KVM's own code could VMREAD.
+/// The pointer is to a live `struct kvm_vcpu` whose mutex the current task holds or that nobody else can reach any more, so
+/// that fields that only the vCPU's thread changes stay put. It is the first member of a `struct vcpu_vmx`, unless `is_vmx()`
+/// says no; then only `key()` is used. Where KVM has loaded the vCPU, the VMCS that `loaded_vmcs` names is current on this CPU.
 #[derive(Clone, Copy)]
 pub(crate) struct Vcpu(*mut bindings::vcpu_vmx);
 
@@ -68,8 +69,9 @@ impl Vcpu {
     ///
     /// # Safety
     ///
-    /// `ptr` is the `struct kvm_vcpu *` argument of a hooked function of kvm_intel that runs with
-    /// the vCPU loaded, and the view is used only in its handler.
+    /// `ptr` is the vCPU that a hooked function of kvm or kvm_intel got, and the view is used only in its handler. Where vCPUs
+    /// of TDX guests pass as well, nothing but `key()` and `is_vmx()` is used before `is_vmx()`, or `state::with()`, which finds
+    /// nothing for them, has said that it is none.
     #[inline(always)]
     pub(crate) unsafe fn from_hook(ptr: *mut bindings::kvm_vcpu) -> Self {
         // INVARIANT: By this function's contract, and kvm_vcpu is the first member of vcpu_vmx.
@@ -86,6 +88,20 @@ impl Vcpu {
     #[inline(always)]
     pub(crate) fn key(self) -> usize {
         self.0 as usize
+    }
+
+    /// `kvm_make_request()`, of a bit of `vcpu->requests`.
+    #[inline(always)]
+    pub(super) fn request(self, bit: u64) {
+        // SAFETY: By the invariants of `Vcpu`; other threads make requests as well, with locked instructions.
+        let requests = unsafe { AtomicU64::from_ptr(&raw mut (*self.0).vcpu.requests) };
+        requests.fetch_or(bit, Ordering::Release);
+    }
+
+    /// Has the TLB flushed, before the guest runs, of what it holds by the EPT in use: `KVM_REQ_TLB_FLUSH_CURRENT`.
+    #[cold]
+    pub(crate) fn request_tlb_flush(self) {
+        self.request(1 << bindings::MTK_REQ_TLB_FLUSH_CURRENT);
     }
 
     /// Whether this is a `struct vcpu_vmx`: TDX guests have another one, and pass some of KVM's hooked functions, too.

@@ -537,7 +537,8 @@ extern "C" fn mtk_on_vcpu_ioctl(
 #[no_mangle]
 extern "C" fn mtk_on_free_vcpu(vcpu: *mut bindings::kvm_vcpu, _cont: Continuation) -> Verdict {
     let section = InFlight::enter(HookId::FREE_VCPU);
-    super::l2fields::retire(vcpu);
+    // SAFETY: The hooked function's own argument.
+    super::l2fields::retire(unsafe { Vcpu::from_hook(vcpu) });
     state::forget(vcpu, &section);
     Verdict::STOCK
 }

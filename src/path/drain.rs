@@ -11,7 +11,9 @@ use crate::{
 
 /// Handler of vmx_prepare_switch_to_guest(), a drain hook: a vCPU that is about to run gives itself back.
 #[no_mangle]
-extern "C" fn mtk_on_enter_guest(vcpu: *mut bindings::kvm_vcpu, _cont: Continuation) -> Verdict {
+extern "C" fn mtk_on_enter_guest(raw: *mut bindings::kvm_vcpu, _cont: Continuation) -> Verdict {
+    // SAFETY: The hooked function's own argument.
+    let vcpu = unsafe { Vcpu::from_hook(raw) };
     l2fields::leave(vcpu);
     fields::leave(vcpu);
     Verdict::STOCK
@@ -34,9 +36,13 @@ pub(super) fn wait_for_handlers(sections: &[HookId]) {
 }
 
 /// Sends a vCPU that sleeps in KVM_RUN out, as by a signal; its VMM sees EINTR.
-fn send_out(raw: *mut bindings::kvm_vcpu, counters: &CounterSet) {
+///
+/// # Safety
+///
+/// The vCPU is not freed meanwhile.
+unsafe fn send_out(raw: *mut bindings::kvm_vcpu, counters: &CounterSet) {
     thread::interrupt(counters.fields.thread());
-    // SAFETY: Neither vCPU nor state goes meanwhile (`for_each_vcpu`); wakes the vCPU's thread if it sleeps in
+    // SAFETY: By this function's contract; wakes the vCPU's thread if it sleeps in
     // kvm_vcpu_block().
     unsafe { CallId::WAKE_UP.call([raw as usize]) };
 }
@@ -52,7 +58,8 @@ pub(super) fn wait_until_none(sections: &[HookId], holding: fn(&CounterSet) -> b
             if holding(counters) {
                 left = true;
                 if rounds >= PATIENCE {
-                    send_out(raw, counters);
+                    // SAFETY: Neither vCPU nor state goes meanwhile (`for_each_vcpu`).
+                    unsafe { send_out(raw, counters) };
                 }
             }
         });
@@ -81,7 +88,8 @@ pub(super) fn drain(sections: &[HookId], pending: fn(&CounterSet) -> bool, give_
             let Some(held) = (unsafe { Held::try_take(raw) }) else {
                 left += 1;
                 if rounds >= PATIENCE {
-                    send_out(raw, counters);
+                    // SAFETY: Neither vCPU nor state goes meanwhile (`for_each_vcpu`).
+                    unsafe { send_out(raw, counters) };
                 }
                 return;
             };

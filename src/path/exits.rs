@@ -90,13 +90,13 @@ extern "C" fn mtk_on_handle_exit(
     _fastpath: usize,
     _cont: Continuation,
 ) -> Verdict {
+    // SAFETY: The hooked function's own argument, in its handler.
+    let vcpu = unsafe { Vcpu::from_hook(vcpu) };
     super::vmptrld::leave(vcpu);
     super::nested_switch::leave(vcpu);
     if !COUNTING.load(Ordering::Relaxed) {
         return Verdict::STOCK;
     }
-    // SAFETY: The hooked function's own argument, in its handler.
-    let vcpu = unsafe { Vcpu::from_hook(vcpu) };
     let (nested, reason) = (vcpu.guest_mode(), vcpu.exit_reason());
     let count = || state::with(vcpu, |_, counters| counters.exits.bump(nested, reason));
     if count().is_none() {

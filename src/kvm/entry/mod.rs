@@ -20,7 +20,7 @@ use crate::{
         role::Key,
     },
 };
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::Ordering;
 
 /// Encodings (SDM appendix B).
 mod encoding {
@@ -189,9 +189,11 @@ impl Vcpu {
     /// What L2 is entered with, if nothing about it is out of the ordinary. `bitmap`: vmcs02 gets a bitmap of MSRs. `derived`:
     /// `would_derive` has said yes to it.
     ///
+    /// # Safety
+    ///
     /// vmcs01 is current.
     #[inline(always)]
-    pub(crate) fn plan_entry(self, m: Vmcs12, derived: &Derived, bitmap: bool) -> Option<Entry> {
+    pub(crate) unsafe fn plan_entry(self, m: Vmcs12, derived: &Derived, bitmap: bool) -> Option<Entry> {
         let wanted = m.controls();
         let inputs = Inputs {
             wanted,
@@ -288,8 +290,10 @@ impl Vcpu {
 
     /// What the stock function has just made.
     ///
+    /// # Safety
+    ///
     /// vmcs02 is current, L2 was entered.
-    pub(crate) fn derived(self, m: Vmcs12) -> Option<Derived> {
+    pub(crate) unsafe fn derived(self, m: Vmcs12) -> Option<Derived> {
         // SAFETY: By this function's contract.
         let vmread = |field| unsafe { vmx::vmread(field) };
         Some(Derived {
@@ -581,14 +585,6 @@ impl Vcpu {
                 None => self.request(FLUSH_GUEST),
             }
         }
-    }
-
-    /// `kvm_make_request()`.
-    #[inline(always)]
-    fn request(self, bit: u64) {
-        // SAFETY: By the invariants of `Vcpu`; other threads make requests as well, with locked instructions.
-        let requests = unsafe { AtomicU64::from_ptr(&raw mut (*self.raw()).vcpu.requests) };
-        requests.fetch_or(bit, Ordering::Release);
     }
 
     /// What is left to do after `enter`: the root of L0's own tables, whether an event has to be looked for, L1's preemption

@@ -128,10 +128,10 @@ unsafe fn withdraw(vcpu: Vcpu) {
 }
 
 /// On each entry of the guest while the path is being switched off.
-pub(super) fn leave(raw: *mut bindings::kvm_vcpu) {
+pub(super) fn leave(vcpu: Vcpu) {
     if super::mode(NUMBER) == Mode::Off {
-        // SAFETY: The hooked function's own argument; the vCPU is about to run.
-        unsafe { withdraw(Vcpu::from_hook(raw)) };
+        // SAFETY: The vCPU is about to run, so it is loaded.
+        unsafe { withdraw(vcpu) };
     }
 }
 
@@ -145,9 +145,7 @@ fn drain() {
 }
 
 /// VMX operation ends on this vCPU.
-pub(super) fn forget_entry(raw: *mut bindings::kvm_vcpu) {
-    // SAFETY: The hooked function's own argument.
-    let vcpu = unsafe { Vcpu::from_hook(raw) };
+pub(super) fn forget_entry(vcpu: Vcpu) {
     state::with(vcpu, |local, _| local.fields.forget_entry());
 }
 
@@ -229,9 +227,7 @@ extern "C" fn mtk_on_sync_shadow(vcpu: *mut bindings::kvm_vcpu, _cont: Continuat
 /// L1 executes a VMPTRLD that stock code carries out: makes the vCPU's extension, so that what L1 writes to its first VMCS does not
 /// exit any more.
 #[cold]
-pub(super) fn prepare(raw: *mut bindings::kvm_vcpu) {
-    // SAFETY: The hooked function's own argument.
-    let vcpu = unsafe { Vcpu::from_hook(raw) };
+pub(super) fn prepare(vcpu: Vcpu) {
     let able = mode() != Mode::Off
         && vcpu.vmxon()
         && vcpu.vmcs01_is_loaded()
@@ -277,9 +273,11 @@ pub(super) fn kvm_knows(number: Number) -> bool {
 }
 
 /// L1, or L2 where L1 does not want to see it, has executed VMREAD or VMWRITE of a field that is not shadowed.
-fn accessed(raw: *mut bindings::kvm_vcpu, write: bool, cont: Continuation) -> Verdict {
-    // SAFETY: The hooked function's own argument.
-    let vcpu = unsafe { Vcpu::from_hook(raw) };
+///
+/// # Safety
+///
+/// In the handler of handle_vmread() or handle_vmwrite(), whose continuation `cont` is.
+unsafe fn accessed(vcpu: Vcpu, write: bool, cont: Continuation) -> Verdict {
     let id = if write {
         HookId::HANDLE_VMWRITE
     } else {
@@ -290,7 +288,7 @@ fn accessed(raw: *mut bindings::kvm_vcpu, write: bool, cont: Continuation) -> Ve
     if (mode == Mode::Off && !nested) || vcpu.current_vmptr() == u64::MAX {
         return Verdict::STOCK;
     }
-    // SAFETY: In a handler of an exit, the exited VMCS is current.
+    // SAFETY: By this function's contract: in a handler of an exit the exited VMCS is current.
     let info = unsafe { vmx::vmread(vmx::VMX_INSTRUCTION_INFO) };
     // Register 2 names the field (SDM table 29-14).
     let encoding = info.and_then(|info| vcpu.gpr((info >> 28 & 0xf) as usize));
@@ -395,12 +393,14 @@ fn check_read(vcpu: Vcpu, read: Read, id: HookId, cont: Continuation) -> Verdict
 
 /// Handler of handle_vmread(): learns, and lets the stock function run.
 #[no_mangle]
-extern "C" fn mtk_on_handle_vmread(vcpu: *mut bindings::kvm_vcpu, cont: Continuation) -> Verdict {
-    accessed(vcpu, false, cont)
+extern "C" fn mtk_on_handle_vmread(raw: *mut bindings::kvm_vcpu, cont: Continuation) -> Verdict {
+    // SAFETY: The hooked function's own argument, in its handler.
+    unsafe { accessed(Vcpu::from_hook(raw), false, cont) }
 }
 
 /// Handler of handle_vmwrite(): learns, and lets the stock function run.
 #[no_mangle]
-extern "C" fn mtk_on_handle_vmwrite(vcpu: *mut bindings::kvm_vcpu, cont: Continuation) -> Verdict {
-    accessed(vcpu, true, cont)
+extern "C" fn mtk_on_handle_vmwrite(raw: *mut bindings::kvm_vcpu, cont: Continuation) -> Verdict {
+    // SAFETY: The hooked function's own argument, in its handler.
+    unsafe { accessed(Vcpu::from_hook(raw), true, cont) }
 }

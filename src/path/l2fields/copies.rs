@@ -16,7 +16,6 @@
 
 use super::{mode, Reason, NUMBER};
 use crate::{
-    bindings,
     hook::{Continuation, HookId, InFlight, Verdict},
     kvm::{
         fields::{self, FIELDS},
@@ -284,8 +283,6 @@ pub(in crate::path) fn suspect(vcpu: Vcpu, local: &mut Local, before: u64) {
 
 /// What is known of the vCPU's copy may not be true any more: L1 executes VMCLEAR or VMXOFF, or the vCPU leaves KVM_RUN.
 #[inline(always)]
-pub(in crate::path) fn forget(raw: *mut bindings::kvm_vcpu) {
-    // SAFETY: The argument of a hooked function; used to find the state.
-    let vcpu = unsafe { Vcpu::from_hook(raw) };
+pub(in crate::path) fn forget(vcpu: Vcpu) {
     state::with(vcpu, |local, _| local.l2fields.known.forget());
 }

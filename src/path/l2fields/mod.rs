@@ -268,12 +268,14 @@ extern "C" fn mtk_on_sync_vmcs02(
 
 /// VMX operation of L1 ends, and vmcs02 is about to be freed. L2 can only be served still if its last entry failed
 /// in the processor.
-pub(super) fn end(raw: *mut bindings::kvm_vcpu) {
-    copies::forget(raw);
-    // SAFETY: The hooked function's own argument.
-    let vcpu = unsafe { Vcpu::from_hook(raw) };
+///
+/// # Safety
+///
+/// The vCPU is loaded on this CPU by this task.
+pub(super) unsafe fn end(vcpu: Vcpu) {
+    copies::forget(vcpu);
     state::with(vcpu, |local, counters| {
-        // SAFETY: free_nested() runs with the vCPU loaded.
+        // SAFETY: By this function's contract.
         unsafe { local.l2fields.stop(vcpu) };
         publish(local, counters);
     });
@@ -299,17 +301,15 @@ pub(super) unsafe fn withdraw(vcpu: Vcpu) {
 }
 
 /// The vCPU is about to be freed, and is not loaded.
-pub(super) fn retire(raw: *mut bindings::kvm_vcpu) {
-    // SAFETY: The hooked function's own argument; used to find the state.
-    let vcpu = unsafe { Vcpu::from_hook(raw) };
+pub(super) fn retire(vcpu: Vcpu) {
     if state::with(vcpu, |_, counters| counters.l2fields.is_serving()) != Some(true) {
         return;
     }
-    let args = [raw as usize];
+    let args = [vcpu.key()];
     // Whoever else gives vCPUs back (`drain`) does it under the mutex, too, which nobody holds for long when the VM is gone.
     let held = loop {
         // SAFETY: The vCPU is freed after this function.
-        if let Some(held) = unsafe { Held::try_take(raw) } {
+        if let Some(held) = unsafe { Held::try_take(vcpu.key() as *mut _) } {
             break held;
         }
         // SAFETY: Process context.
@@ -326,10 +326,10 @@ pub(super) fn retire(raw: *mut bindings::kvm_vcpu) {
 }
 
 /// On each entry of the guest while the path is being switched off.
-pub(super) fn leave(raw: *mut bindings::kvm_vcpu) {
+pub(super) fn leave(vcpu: Vcpu) {
     if super::mode(NUMBER) == Mode::Off {
-        // SAFETY: The hooked function's own argument; the vCPU is about to run.
-        unsafe { withdraw(Vcpu::from_hook(raw)) };
+        // SAFETY: The vCPU is about to run, so it is loaded.
+        unsafe { withdraw(vcpu) };
     }
 }
 

@@ -85,7 +85,8 @@ mod plain {
         }
         // SAFETY: By this function's contract, with KVM's SRCU lock held.
         let plan = unsafe { pages::plan(vcpu, m, pages)? };
-        let entry = vcpu.plan_entry(m, derived, plan.has_bitmap());
+        // SAFETY: By this function's contract.
+        let entry = unsafe { vcpu.plan_entry(m, derived, plan.has_bitmap()) };
         let entry = entry.ok_or(Reason::Unusual)?;
         let efer = efer.get(vcpu, entry.efer).ok_or(Reason::Changed)?;
         let paging = mmu.get(entry.paging).ok_or(Reason::Changed)?;
@@ -189,7 +190,8 @@ mod plain {
             let derived = local.nested_switch.enter.0.get(key)?.0?;
             let bitmap = vcpu.uses_msr_bitmap(m);
             let known = vcpu.would_derive(m, &derived).then_some(derived)?;
-            vcpu.plan_entry(m, &known, bitmap)
+            // SAFETY: L1 has executed VMLAUNCH or VMRESUME, and the stock function is yet to load vmcs02.
+            unsafe { vcpu.plan_entry(m, &known, bitmap) }
         });
         // SAFETY: This handler's continuation and the hooked function's own arguments; true.
         let ret = unsafe { section.call_stock(cont, [vcpu.key(), 1, 0]) };
@@ -217,7 +219,8 @@ mod plain {
                 None => (),
             }
             if let Some(known) = local.nested_switch.enter.0.get_or_insert(key) {
-                known.0 = vcpu.derived(m).filter(|_| entered);
+                // SAFETY: L2 was entered, with vmcs02.
+                known.0 = unsafe { entered.then(|| vcpu.derived(m)) }.flatten();
             }
         });
         Verdict::handled(ret)

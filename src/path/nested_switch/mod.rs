@@ -29,7 +29,6 @@ mod vpids;
 
 use super::{CounterSet, Counters, Path};
 use crate::{
-    bindings,
     hook::{CallId, HookId, InFlight},
     kvm::Vcpu,
     policy::{
@@ -193,11 +192,11 @@ impl Memory {
 }
 
 /// On each exit while the path is being switched off: nothing may be kept any more.
-pub(super) fn leave(raw: *mut bindings::kvm_vcpu) {
+pub(super) fn leave(vcpu: Vcpu) {
     if super::mode(NUMBER) == Mode::Off {
-        pages::release(raw, HookId::HANDLE_EXIT);
-        // SAFETY: The hooked function's own argument; the vCPU is loaded.
-        vpids::withdraw(unsafe { Vcpu::from_hook(raw) });
+        // SAFETY: The vCPU has just exited, so it is loaded.
+        unsafe { pages::release(vcpu, HookId::HANDLE_EXIT) };
+        vpids::withdraw(vcpu);
     }
 }
 

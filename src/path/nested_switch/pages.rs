@@ -516,10 +516,10 @@ pub(crate) fn exited(vcpu: Vcpu) {
 
 /// Lets go of every page: the vCPU leaves KVM_RUN, VMX operation ends, or the path is being switched off.
 ///
+/// # Safety
+///
 /// The vCPU is loaded by the current task; `hook` is the running handler's.
-pub(crate) fn release(raw: *mut bindings::kvm_vcpu, hook: HookId) {
-    // SAFETY: The hooked function's own argument.
-    let vcpu = unsafe { Vcpu::from_hook(raw) };
+pub(crate) unsafe fn release(vcpu: Vcpu, hook: HookId) {
     let holding = |_: &mut Local, counters: &CounterSet| counters.nested_switch.pages.is_holding();
     if state::with(vcpu, holding) != Some(true) {
         return;

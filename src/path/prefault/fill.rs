@@ -75,7 +75,11 @@ impl Run {
     }
 
     /// Has KVM map the run, under the lock. Leaves out pages that the host does not have.
-    fn fill(mut self, vcpu: Vcpu, lock: &MmuLock, leaf: &Leaf<'_>, out: &mut Outcome) {
+    ///
+    /// # Safety
+    ///
+    /// The run's entries were found empty under this hold of the lock, under which no addresses are being invalidated.
+    unsafe fn fill(mut self, vcpu: Vcpu, lock: &MmuLock, leaf: &Leaf<'_>, out: &mut Outcome) {
         while self.count != 0 && out.reason.is_none() {
             // Who waits has a fault of its own; stock holds the lock for as many, too.
             let most = if lock.is_contended() { PREFETCH } else { BATCH };
@@ -88,7 +92,8 @@ impl Run {
                 gfn: self.to.gfn,
                 access: self.to.access,
             };
-            let done = leaf.map(self.at, ask, to);
+            // SAFETY: By this function's contract; no more than `spare_rmap_entries()`.
+            let done = unsafe { leaf.map(self.at, ask, to) };
             let range = self.at..self.at + done;
             out.filled += done;
             if kvm::runs_on_hypervisor() {
@@ -132,7 +137,8 @@ fn fill_chunk(vcpu: Vcpu, gpa: u64, range: Range<usize>, out: &mut Outcome) {
             let readable = access & RIGHTS.read != 0;
             (index, readable.then_some(Page { gfn, access }))
         });
-        return fill_pages(vcpu, &lock, &leaf, pages, out);
+        // SAFETY: Looked at above.
+        return unsafe { fill_pages(vcpu, &lock, &leaf, pages, out) };
     }
     let mut buffer = [MaybeUninit::uninit(); CHUNK];
     let Some(entries) = leaf.read_ept12(range.clone(), &mut buffer) else {
@@ -152,12 +158,17 @@ fn fill_chunk(vcpu: Vcpu, gpa: u64, range: Range<usize>, out: &mut Outcome) {
         last = page.map(|page| (entry, page));
         (index, page)
     });
-    fill_pages(vcpu, &lock, &leaf, pages, out);
+    // SAFETY: Looked at above.
+    unsafe { fill_pages(vcpu, &lock, &leaf, pages, out) };
 }
 
 /// Fills those entries of a table that are empty with the pages that EPT12 has there.
+///
+/// # Safety
+///
+/// Under this hold of the lock no addresses are being invalidated.
 #[inline(always)]
-fn fill_pages(
+unsafe fn fill_pages(
     vcpu: Vcpu,
     lock: &MmuLock,
     leaf: &Leaf<'_>,
@@ -183,7 +194,8 @@ fn fill_pages(
                     to,
                 };
                 if let Some(full) = run.replace(new) {
-                    full.fill(vcpu, lock, leaf, out);
+                    // SAFETY: Only empty entries join a run; by this function's contract.
+                    unsafe { full.fill(vcpu, lock, leaf, out) };
                     if out.reason.is_some() {
                         return;
                     }
@@ -192,7 +204,8 @@ fn fill_pages(
         }
     }
     if let Some(last) = run {
-        last.fill(vcpu, lock, leaf, out);
+        // SAFETY: As above.
+        unsafe { last.fill(vcpu, lock, leaf, out) };
     }
 }
 

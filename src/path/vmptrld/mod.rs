@@ -369,26 +369,28 @@ extern "C" fn mtk_on_handle_vmptrld(raw: *mut bindings::kvm_vcpu, cont: Continua
     };
     let verdict = handle(raw, HookId::HANDLE_VMPTRLD, cont, act);
     if !loaded || !verdict.is_handled() {
-        copies::forget(raw);
-        fields::prepare(raw);
+        // SAFETY: The hooked function's own argument.
+        let vcpu = unsafe { Vcpu::from_hook(raw) };
+        copies::forget(vcpu);
+        fields::prepare(vcpu);
     }
     verdict
 }
 
 /// Handler of handle_vmclear().
 #[no_mangle]
-extern "C" fn mtk_on_handle_vmclear(vcpu: *mut bindings::kvm_vcpu, cont: Continuation) -> Verdict {
-    copies::forget(vcpu);
+extern "C" fn mtk_on_handle_vmclear(raw: *mut bindings::kvm_vcpu, cont: Continuation) -> Verdict {
+    // SAFETY: The hooked function's own argument.
+    copies::forget(unsafe { Vcpu::from_hook(raw) });
     let act = |vcpu: Vcpu, local: &mut Local, counters: &CounterSet| {
         // SAFETY: In this very handler.
         unsafe { clear(vcpu, local, counters) }
     };
-    handle(vcpu, HookId::HANDLE_VMCLEAR, cont, act)
+    handle(raw, HookId::HANDLE_VMCLEAR, cont, act)
 }
 
-fn flush(raw: *mut bindings::kvm_vcpu, hook: HookId) {
-    // SAFETY: The hooked function's own argument.
-    let vcpu = unsafe { Vcpu::from_hook(raw) };
+/// Writes back what is kept for the vCPU, in the handler of `hook`.
+fn flush(vcpu: Vcpu, hook: HookId) {
     let holding = || {
         state::with(vcpu, |_, counters| {
             counters.vmptrld.holding.load(Ordering::Relaxed)
@@ -405,27 +407,35 @@ fn flush(raw: *mut bindings::kvm_vcpu, hook: HookId) {
 
 /// Handler of free_nested(): VMX operation ends.
 #[no_mangle]
-extern "C" fn mtk_on_free_nested(vcpu: *mut bindings::kvm_vcpu, _cont: Continuation) -> Verdict {
+extern "C" fn mtk_on_free_nested(raw: *mut bindings::kvm_vcpu, _cont: Continuation) -> Verdict {
+    // SAFETY: The hooked function's own argument.
+    let vcpu = unsafe { Vcpu::from_hook(raw) };
     flush(vcpu, HookId::FREE_NESTED);
-    pages::release(vcpu, HookId::FREE_NESTED);
-    super::l2fields::end(vcpu);
+    // SAFETY: free_nested() runs with the vCPU loaded.
+    unsafe {
+        pages::release(vcpu, HookId::FREE_NESTED);
+        super::l2fields::end(vcpu);
+    }
     fields::forget_entry(vcpu);
     Verdict::STOCK
 }
 
 /// Handler of vcpu_put(): the vCPU leaves KVM_RUN, or another ioctl.
 #[no_mangle]
-extern "C" fn mtk_on_vcpu_put(vcpu: *mut bindings::kvm_vcpu, _cont: Continuation) -> Verdict {
+extern "C" fn mtk_on_vcpu_put(raw: *mut bindings::kvm_vcpu, _cont: Continuation) -> Verdict {
+    // SAFETY: The hooked function's own argument.
+    let vcpu = unsafe { Vcpu::from_hook(raw) };
     flush(vcpu, HookId::VCPU_PUT);
-    pages::release(vcpu, HookId::VCPU_PUT);
+    // SAFETY: vcpu_put() has not begun, so the vCPU is loaded still.
+    unsafe { pages::release(vcpu, HookId::VCPU_PUT) };
     copies::forget(vcpu);
     Verdict::STOCK
 }
 
 /// On each exit while the path is being switched off: nothing may be kept any more.
-pub(super) fn leave(raw: *mut bindings::kvm_vcpu) {
+pub(super) fn leave(vcpu: Vcpu) {
     if super::mode(NUMBER) == Mode::Off {
-        flush(raw, HookId::HANDLE_EXIT);
+        flush(vcpu, HookId::HANDLE_EXIT);
     }
 }
 
