@@ -45,7 +45,7 @@ const EXPECTED: &[Expected] = &expect! {
         current_vmptr, cached_vmcs12, need_vmcs12_to_shadow_sync, dirty_vmcs12,
         need_sync_vmcs02_to_vmcs12_rare, vmcs02, msrs, vmxon, vmxon_ptr, posted_intr_nv,
         cached_shadow_vmcs12, shadow_vmcs12_cache, apic_access_page_map, virtual_apic_map, pi_desc_map, pi_desc,
-        force_msr_bitmap_recalc, vpid02,
+        force_msr_bitmap_recalc, vpid02, smm,
         #[cfg(MTK_GVA_WALK)] vmcs02_initialized, #[cfg(MTK_GVA_WALK)] pi_pending,
         #[cfg(MTK_GVA_WALK)] preemption_timer, #[cfg(MTK_GVA_WALK)] preemption_timer_deadline,
         #[cfg(MTK_GVA_WALK)] has_preemption_timer_deadline, #[cfg(MTK_GVA_WALK)] preemption_timer_expired,
@@ -85,7 +85,8 @@ const EXPECTED: &[Expected] = &expect! {
     kvm_pagewalk { cpu_role, fmt }
     #[cfg(MTK_GVA_WALK)]
     kvm_page_format {}
-    kvm { arch, mm, srcu, memslots, mmu_invalidate_seq, mmu_invalidate_in_progress, online_vcpus }
+    kvm { stat, arch, mm, srcu, memslots, mmu_invalidate_seq, mmu_invalidate_in_progress, online_vcpus }
+    kvm_vm_stat { mmu_unsync }
     kvm_memslots { generation }
     gfn_to_hva_cache { generation, gpa, hva, memslot }
     kvm_host_map { pinned_page, page, hva, pfn, gfn, writable }
@@ -109,6 +110,8 @@ pub(crate) enum Mismatch {
     Size(&'static str, usize, usize),
     /// Structure, member, its offset here, its offset there (`None`: no such member).
     Member(&'static str, &'static str, usize, Option<usize>),
+    /// KVM's VMCSs are not the processor's: it runs on Hyper-V and has them in memory (`kvm_is_using_evmcs()`).
+    Enlightened,
 }
 
 impl core::fmt::Display for Mismatch {
@@ -133,6 +136,9 @@ impl core::fmt::Display for Mismatch {
             Mismatch::Member(s, m, _, None) => {
                 write!(f, "struct {s}: this kernel has no member {m}; rebuild the module for it")
             }
+            Mismatch::Enlightened => f.write_str(
+                "KVM uses Hyper-V's enlightened VMCS, which this module cannot read or write; load kvm_intel with enlightened_vmcs=0",
+            ),
         }
     }
 }
@@ -168,6 +174,10 @@ impl Prototypes {
 ///
 /// Process context; reads some 10 MiB into memory that is freed again.
 pub(crate) fn check(fault: usize) -> Result<Prototypes, Mismatch> {
+    // KVM sets it to N where it is not used.
+    if module_flag("kvm_intel", "enlightened_vmcs") {
+        return Err(Mismatch::Enlightened);
+    }
     let load = |path| kfile::read(path).map_err(|e| Mismatch::NoBtf(path, e));
     let (base, kvm, intel) = (load(VMLINUX)?, load(KVM)?, load(KVM_INTEL)?);
     let base = Blob::new(&base).ok_or(Mismatch::Malformed(VMLINUX))?;

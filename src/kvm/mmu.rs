@@ -257,10 +257,18 @@ impl Vcpu {
         role::Key::new(cr0, cr4, efer, hflags, false)
     }
 
-    /// L1's EPT pointer that the root belongs to which is in use for it; `None` while there is no root.
+    /// The root that is in use for L1's EPT, by its physical address: one EPT pointer has several, of different roles
+    /// (`union kvm_mmu_page_role`). `None` while there is none.
     pub(crate) fn guest_mmu_root(self) -> Option<u64> {
         let root = read!(self, vcpu.arch.guest_mmu.root);
-        (root.hpa != u64::MAX).then_some(root.pgd)
+        (root.hpa != u64::MAX).then_some(root.hpa)
+    }
+
+    /// Whether the VM has tables that are *unsync*: KVM lets the guest write them and looks at them again when it has to.
+    pub(crate) fn has_unsync_tables(self) -> bool {
+        let kvm = read!(self, vcpu.kvm);
+        // SAFETY: A vCPU's VM outlives it; other vCPUs count in this word, under `mmu_unsync_pages_lock` or `mmu_lock`.
+        unsafe { (&raw const (*kvm).stat.mmu_unsync).read_volatile() != 0 }
     }
 
     /// `mmu_is_nested()`: the vCPU uses L1's EPT.

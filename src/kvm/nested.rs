@@ -197,12 +197,12 @@ impl Vcpu {
         }
     }
 
-    /// Drops those roots of the guest's MMU that are not in use and belong to such an EPT pointer of L1's. May sleep.
+    /// Drops those roots of the guest's MMU that are not in use and at such a physical address. May sleep.
     pub(crate) fn free_previous_roots(self, which: impl Fn(u64) -> bool) {
         let previous = read!(self, vcpu.arch.guest_mmu.prev_roots);
         // KVM_MMU_ROOT_PREVIOUS(i) is bit i + 1.
         let bits = (1..).zip(&previous).fold(0, |bits, (bit, root)| {
-            let goes = root.hpa != u64::MAX && which(root.pgd);
+            let goes = root.hpa != u64::MAX && which(root.hpa);
             bits | u32::from(goes) << bit
         });
         if bits != 0 {

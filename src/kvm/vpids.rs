@@ -107,7 +107,7 @@ impl Vcpu {
         unsafe { vmx::vmread_basic(VIRTUAL_PROCESSOR_ID) == u64::from(vpid) }
     }
 
-    /// Writes the VPIDs that KVM means to vmcs01 and, in VMX operation, vmcs02.
+    /// Writes the VPIDs that KVM means to vmcs01 and, in VMX operation, or if SMM has interrupted that, vmcs02.
     ///
     /// # Safety
     ///
@@ -118,10 +118,11 @@ impl Vcpu {
             // SAFETY: By this function's contract; as in `write_current_vpid`.
             move || unsafe { vmx::vmwrite_basic(VIRTUAL_PROCESSOR_ID, vpid.into()) }
         };
+        let interrupted = read!(self, nested.smm.vmxon);
         // SAFETY: By this function's contract.
         unsafe {
             self.with_vmcs01(write(Tag::L1));
-            if self.vmxon() {
+            if self.vmxon() || interrupted {
                 // For another vmcs12 than the last, or a changed one, KVM writes the field anew before it is used.
                 self.with_vmcs02(write(self.tag_of_l2()));
             }

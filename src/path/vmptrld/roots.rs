@@ -7,8 +7,10 @@
 //! between VMCSs pays for that on every switch.
 //!
 //! Here they stay. What L1 could tell by is that tables are brought up to date; so the first time after such a VMPTRLD that a root is
-//! put to use (nested_ept_new_eptp()), that is done (kvm_mmu_sync_roots()). It flushes if it has changed anything, and otherwise there is
-//! nothing to flush: whoever takes something out of EPT02 does. INVEPT and whatever else makes roots invalid finds them at KVM's own places.
+//! put to use (nested_ept_new_eptp()), that is done (kvm_mmu_sync_roots()). It does not flush for everything that it takes away (a
+//! right to execute, say: that is L1's to INVEPT), which on stock the flush that follows does, so where there are unsync tables one is asked for
+//! here. Otherwise there is nothing to flush: whoever takes something out of EPT02 does. INVEPT and whatever else makes roots invalid finds them
+//! at KVM's own places.
 //!
 //! They are dropped when the vCPU leaves KVM_RUN, when VMX operation ends, when stock code carries out a VMPTRLD or VMCLEAR, and when
 //! the path is switched off.
@@ -23,14 +25,14 @@ use crate::{
 const ROOTS: usize = 4;
 /// How often L1's EPT is put to use without a VMPTRLD before old roots are given up.
 const PATIENCE: u32 = 64;
-/// No EPT pointer.
+/// No root.
 const NONE: u64 = u64::MAX;
 
 /// What is known of the roots that were kept.
 pub(crate) struct OldRoots {
     /// There are some which stock would have dropped.
     kept: bool,
-    /// The EPT pointers that were put to use since. Their roots are up to date, as far as stock's are.
+    /// Those that were put to use since, by physical address. They are up to date, as far as stock's are.
     renewed: [u64; ROOTS],
     next: usize,
     /// How often L1's EPT was put to use since.
@@ -75,14 +77,14 @@ impl OldRoots {
         }
     }
 
-    /// A root for this EPT pointer is put to use. Whether it may be older than the last VMPTRLD.
+    /// This root is put to use. Whether it may be older than the last VMPTRLD.
     #[inline(always)]
-    fn put_to_use(&mut self, eptp: u64) -> bool {
+    fn put_to_use(&mut self, root: u64) -> bool {
         self.uses += 1;
-        let old = !self.renewed.contains(&eptp);
+        let old = !self.renewed.contains(&root);
         if old {
             if let Some(place) = self.renewed.get_mut(self.next) {
-                *place = eptp;
+                *place = root;
             }
             self.next = (self.next + 1) % ROOTS;
         }
@@ -93,20 +95,20 @@ impl OldRoots {
     /// them the care for them.
     #[cold]
     fn give_up(&mut self, vcpu: Vcpu) {
-        vcpu.free_previous_roots(|eptp| !self.renewed.contains(&eptp));
+        vcpu.free_previous_roots(|root| !self.renewed.contains(&root));
         *self = Self::NONE;
     }
 }
 
 /// The vCPU's EPT12 has been put to use. May sleep, which the section of nested_ept_new_eptp() allows.
 pub(in crate::path) fn renew(vcpu: Vcpu, _section: &InFlight) {
-    let Some(eptp) = vcpu.guest_mmu_root() else {
+    let Some(root) = vcpu.guest_mmu_root() else {
         // KVM is going to make one.
         return;
     };
     let old = state::with(vcpu, |local, counters| {
         let roots = &mut local.regions.roots;
-        let old = roots.kept && roots.put_to_use(eptp);
+        let old = roots.kept && roots.put_to_use(root);
         if roots.uses >= PATIENCE {
             roots.give_up(vcpu);
             local.regions.publish(&counters.vmptrld);
@@ -114,7 +116,11 @@ pub(in crate::path) fn renew(vcpu: Vcpu, _section: &InFlight) {
         old
     });
     if old == Some(true) {
+        let flush = vcpu.has_unsync_tables();
         // SAFETY: L2 is being entered on this thread, with KVM's SRCU lock held; `arch.mmu` is the guest's MMU.
         unsafe { CallId::SYNC_ROOTS.call([vcpu.key()]) };
+        if flush {
+            vcpu.request_tlb_flush();
+        }
     }
 }
