@@ -66,10 +66,10 @@ def arguments():
     add("--ips", type=int, default=os.environ.get("MATRYOSHKA_IPS") or "3500000000", metavar="N",
         help="instructions that L0 takes for a second (default $MATRYOSHKA_IPS or 3500000000). Fewer make what waits for "
              "timers shorter, such as RCU's grace periods, and interrupt more often what is measured")
-    add("--tlb", choices=("flushed", "tagged", "deaf"), default=os.environ.get("MATRYOSHKA_TLB") or "flushed",
-        help="whether each VM entry and VM exit flushes the TLB, or guests keep their entries by VPID and EPT as on real "
-        "processors, so that a forgotten invalidation shows; deaf: and INVEPT and INVVPID do nothing, to see that it does (default "
-        "$MATRYOSHKA_TLB or flushed)")
+    add("--tlb", choices=("tagged", "flushed", "deaf"), default=os.environ.get("MATRYOSHKA_TLB") or "tagged",
+        help="guests and hypervisors keep their TLB entries by VPID and EPT, as on real processors, so that a forgotten invalidation "
+        "shows; or each VM entry and VM exit flushes all; deaf: INVEPT and INVVPID do nothing, to see that it shows (default "
+        "$MATRYOSHKA_TLB or tagged)")
     add("--random", type=int, default=os.environ.get("MATRYOSHKA_RANDOM") or "1", metavar="N",
         help="what the processor's random numbers start from (default $MATRYOSHKA_RANDOM or 1): the same make the same run")
     add("--kernel-tree", metavar="DIR", help="directory with vmlinuz and the module tree (default: from scripts/lab)")

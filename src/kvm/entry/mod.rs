@@ -193,7 +193,12 @@ impl Vcpu {
     ///
     /// vmcs01 is current.
     #[inline(always)]
-    pub(crate) unsafe fn plan_entry(self, m: Vmcs12, derived: &Derived, bitmap: bool) -> Option<Entry> {
+    pub(crate) unsafe fn plan_entry(
+        self,
+        m: Vmcs12,
+        derived: &Derived,
+        bitmap: bool,
+    ) -> Option<Entry> {
         let wanted = m.controls();
         let inputs = Inputs {
             wanted,
