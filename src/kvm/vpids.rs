@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The VPIDs (SDM volume 3, 30.1) with which a vCPU runs.
+//! The VPIDs (SDM volume 3, 29.1) with which a vCPU runs.
 //!
 //! KVM has two for a vCPU: `vmx->vpid` for L1, and for an L2 to which L1 gives none; `nested.vpid02` for an L2 to which L1 gives one.
 
 use super::{controls::ENABLE_VPID, vcpu::read, vmcs12::field, vmx, Vcpu, Vmcs12};
 use crate::hook::CallId;
+use core::sync::atomic::{AtomicU32, Ordering};
 
 /// Encoding of the VPID (SDM appendix B.1.1).
 const VIRTUAL_PROCESSOR_ID: u64 = 0x0000;
@@ -141,11 +142,23 @@ pub(crate) unsafe fn can_flush_all() -> bool {
     cap & INVVPID_ALL == INVVPID_ALL
 }
 
-/// Takes a VPID that nobody has: `allocate_vpid()`. `None` if there is none left.
+/// How many VPIDs the module has taken beyond those that KVM means to have.
+static TAKEN: AtomicU32 = AtomicU32::new(0);
+/// As many of the 65,535 as it may take: a vCPU for which KVM finds none runs without.
+const MOST_TAKEN: u32 = 1 << 14;
+
+/// Takes a VPID that nobody has: `allocate_vpid()`. `None` if there is none left, or none for us.
 pub(crate) fn allocate() -> Option<u16> {
-    // SAFETY: Takes a spinlock and a bit of KVM's bitmap.
-    let vpid = unsafe { CallId::ALLOCATE_VPID.call([]) }? as u32;
-    u16::try_from(vpid).ok().filter(|&vpid| vpid != 0)
+    if TAKEN.fetch_add(1, Ordering::Relaxed) < MOST_TAKEN {
+        // SAFETY: Takes a spinlock and a bit of KVM's bitmap.
+        let vpid = unsafe { CallId::ALLOCATE_VPID.call([]) }.map_or(0, |vpid| vpid as u32);
+        let vpid = u16::try_from(vpid).ok().filter(|&vpid| vpid != 0);
+        if vpid.is_some() {
+            return vpid;
+        }
+    }
+    TAKEN.fetch_sub(1, Ordering::Relaxed);
+    None
 }
 
 /// Gives one back: `free_vpid()`.
@@ -156,4 +169,5 @@ pub(crate) fn allocate() -> Option<u16> {
 pub(crate) unsafe fn free(vpid: u16) {
     // SAFETY: By this function's contract.
     unsafe { CallId::FREE_VPID.call([vpid.into()]) };
+    TAKEN.fetch_sub(1, Ordering::Relaxed);
 }
