@@ -71,7 +71,7 @@ kbuild_host() {
 # Beside the module, what selftests load: a livepatch, where the kernel knows of such.
 build_module_host() {
 	kbuild_host '' "$MODULE_DIR" "$@"
-	if [ -d "$PROJECT/selftests/test_modules" ] && grep -qx CONFIG_LIVEPATCH=y "${DEBUG_DIR:-$KERNEL_DIR}/build/.config"; then
+	if [ -d "$PROJECT/selftests/test_modules" ] && grep -qxE 'CONFIG_(LIVEPATCH|KCSAN)=y' "${DEBUG_DIR:-$KERNEL_DIR}/build/.config"; then
 		kbuild_host /selftests/test_modules "$TEST_MODULES" "$@"
 	fi
 }
