@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The VPIDs (SDM volume 3, 29.1) with which a vCPU runs.
+//! The VPIDs (SDM volume 3, 30.1) with which a vCPU runs.
 //!
 //! KVM has two for a vCPU: `vmx->vpid` for L1, and for an L2 to which L1 gives none; `nested.vpid02` for an L2 to which L1 gives one.
 

@@ -237,7 +237,7 @@ fn load_pdptes(world: &mut World) -> Result<(), VmxError> {
 }
 
 /// What a hypervisor must do that gives all its children one VPID: what the TLB has of another one, or by another CR3,
-/// goes (SDM volume 3, 29.4.3.3).
+/// goes (SDM volume 3, 30.4.3.3).
 fn invalidate(world: &mut World) -> Result<(), VmxError> {
     let with_vpid = vmread(SECONDARY_VM_EXEC_CONTROL)? & ENABLE_VPID != 0;
     let now = (world.current, vmread(GUEST_CR3)?);
