@@ -95,7 +95,7 @@ learned() { grep -E "^[0-9]+ fields " $DEBUGFS/learned | grep -qw "$1"; }
 # follows: the learned set of a vCPU that runs has what is pinned and lacks what is forbidden, when that is written.
 follows() {
 	_tries=0
-	until learned guest_dr7 && ! learned guest_physical_address; do
+	until learned guest_dr7 && ! learned host_rsp; do
 		_tries=$((_tries + 1))
 		[ "$_tries" -lt 600 ] || { cat $DEBUGFS/learned; return 1; }
 		sleep 0.02
@@ -134,7 +134,7 @@ if [ ! -e $DEBUGFS/learned ] || [ ! -f /lib/matryoshka/payload ]; then
 else
 	set_mode on
 	knob pinned guest_dr7 guest_dr7
-	knob forbidden guest_physical_address guest_physical_address
+	knob forbidden host_rsp host_rsp
 	keep_busy a 1 ops=hypercall:2000
 	check "rules hold for a vCPU that runs" follows
 	stop_busy
