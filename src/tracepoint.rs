@@ -13,6 +13,7 @@ static NESTED_VMENTER: AtomicPtr<bindings::tracepoint> = AtomicPtr::new(core::pt
 /// Whether nobody listens to kvm_nested_vmenter. `false` if it was not found.
 ///
 /// In a handler: kvm stays loaded.
+#[cfg_attr(not(MTK_GVA_WALK), expect(dead_code))]
 #[inline(always)]
 pub(crate) fn nested_vmenter_is_off() -> bool {
     let tracepoint = NESTED_VMENTER.load(Ordering::Relaxed);

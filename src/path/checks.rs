@@ -299,6 +299,7 @@ fn check<I: Inputs>(vcpu: Vcpu, vmcs12: Vmcs12, third: usize, cont: Continuation
 }
 
 /// Whether the check of the guest state would pass: its inputs are those with which it last did. May sleep.
+#[cfg_attr(not(MTK_GVA_WALK), expect(dead_code))]
 #[inline(always)]
 pub(super) fn guest_state_holds(vcpu: Vcpu, m: Vmcs12, memory: &mut Memory) -> bool {
     if super::mode(NUMBER) != Mode::On {
@@ -315,6 +316,7 @@ pub(super) fn guest_state_holds(vcpu: Vcpu, m: Vmcs12, memory: &mut Memory) -> b
 }
 
 /// Whether `__vmx_guest_state_valid()` would say yes for an L2 in protected mode whose vmcs02 is loaded.
+#[cfg_attr(not(MTK_GVA_WALK), expect(dead_code))]
 #[inline(always)]
 pub(super) fn segments_hold(vcpu: Vcpu, memory: &mut Memory) -> bool {
     match memory.0.get(vcpu.current_vmptr()) {
@@ -327,6 +329,7 @@ pub(super) fn segments_hold(vcpu: Vcpu, memory: &mut Memory) -> bool {
 }
 
 /// Counts what `guest_state_holds` and `segments_hold` have answered.
+#[cfg_attr(not(MTK_GVA_WALK), expect(dead_code))]
 #[inline(always)]
 pub(super) fn took(counters: &super::CounterSet) {
     counters.path::<NUMBER>().taken.bump();

@@ -292,6 +292,7 @@ pub(super) unsafe fn plan(vcpu: Vcpu, m: Vmcs12, memory: &mut Memory) -> Result<
 
 impl Plan {
     /// Whether vmcs02 has a bitmap of MSRs.
+    #[cfg_attr(not(MTK_GVA_WALK), expect(dead_code))]
     #[inline(always)]
     pub(super) fn has_bitmap(&self) -> bool {
         self.bitmap
