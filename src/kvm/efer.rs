@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What vmx_set_efer() leaves behind for a guest in 64-bit mode.
 
-use super::{vcpu::read, vmx, Vcpu};
+use super::{
+    fields::encoding::{GUEST_IA32_EFER, HOST_IA32_EFER, VM_ENTRY_CONTROLS, VM_EXIT_CONTROLS},
+    vcpu::read,
+    vmx, Vcpu,
+};
 use crate::bindings;
 
-const GUEST_IA32_EFER: u64 = 0x2806;
-const HOST_IA32_EFER: u64 = 0x2c02;
-const VM_ENTRY_CONTROLS: u64 = 0x4012;
-const VM_EXIT_CONTROLS: u64 = 0x400c;
 /// EFER_LMA.
 const LMA: u64 = 1 << 10;
 /// VM_ENTRY_IA32E_MODE and VM_ENTRY_LOAD_IA32_EFER.

@@ -2,8 +2,10 @@
 //! The one table of VMCS fields: encoding (SDM volume 3, appendix B), KVM's name in struct vmcs12,
 //! and what kind of field it is to KVM. Everything else about fields is derived from it.
 
+use self::encoding::{GUEST_BNDCFGS, GUEST_PENDING_DBG_EXCEPTIONS};
 use crate::bindings;
 use core::mem::offset_of;
+use kernel::macros::paste;
 
 /// What KVM does with a field of vmcs12, which decides whether L1 may access it unseen.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -78,7 +80,10 @@ impl Field {
     /// that is a KVM writes them whenever its guest's guest exits to it (load_vmcs12_host_state()).
     pub(crate) const fn is_segment(&self) -> bool {
         self.class.is_late()
-            && !matches!(self.encoding, GUEST_BNDCFGS | GUEST_PENDING_DBG_EXCEPTIONS)
+            && !matches!(
+                self.encoding as u64,
+                GUEST_BNDCFGS | GUEST_PENDING_DBG_EXCEPTIONS
+            )
     }
 
     /// Whether the field has a second encoding for its high half.
@@ -86,9 +91,6 @@ impl Field {
         self.encoding >> 13 & 3 == 1
     }
 }
-
-const GUEST_BNDCFGS: u16 = 0x2812;
-const GUEST_PENDING_DBG_EXCEPTIONS: u16 = 0x6822;
 
 /// Number of a field: its place in [`FIELDS`].
 pub(crate) type Number = u8;
@@ -102,6 +104,14 @@ macro_rules! fields {
             class: Class::$class,
             name: stringify!($name),
         }),*];
+
+        paste! {
+            /// The encoding of each field, for full access, by the field's name in capital letters, as KVM writes it.
+            #[allow(dead_code, reason = "the table is whole; not all fields are read or written by name")]
+            pub(crate) mod encoding {
+                $(pub(crate) const [<$name:upper>]: u64 = $encoding;)*
+            }
+        }
 
         /// Calls `f` with each field that sync_vmcs02_to_vmcs12_rare() fetches: those that KVM leaves in vmcs02, but for GUEST_BNDCFGS,
         /// which it takes for one of them and keeps in vmcs12 all the time.

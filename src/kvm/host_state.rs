@@ -1,40 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What load_vmcs12_host_state() changes when L1 is in 64-bit mode and KVM uses EPT and unrestricted guest.
 
-use super::{controls::USE_MSR_BITMAPS, vcpu::read, vmcs12::field, vmx, Vcpu, Vmcs12};
+use super::{
+    controls::USE_MSR_BITMAPS, fields::encoding::*, vcpu::read, vmcs12::field, vmx, Vcpu, Vmcs12,
+};
 use crate::{
     bindings,
     hook::CallId,
     policy::host_state::{self, Inputs, Plan},
 };
 
-/// Encodings (SDM appendix B).
-mod encoding {
-    pub(super) const GUEST_CR0: u64 = 0x6800;
-    pub(super) const GUEST_CR4: u64 = 0x6804;
-    pub(super) const CR0_READ_SHADOW: u64 = 0x6004;
-    pub(super) const CR4_READ_SHADOW: u64 = 0x6006;
-    pub(super) const CR4_GUEST_HOST_MASK: u64 = 0x6002;
-    pub(super) const GUEST_DR7: u64 = 0x681a;
-    pub(super) const GUEST_IA32_DEBUGCTL: u64 = 0x2802;
-    pub(super) const GUEST_IA32_PAT: u64 = 0x2804;
-    pub(super) const GUEST_BNDCFGS: u64 = 0x2812;
-    pub(super) const GUEST_INTERRUPTIBILITY_INFO: u64 = 0x4824;
-    pub(super) const GUEST_SYSENTER_CS: u64 = 0x482a;
-    pub(super) const GUEST_SYSENTER_ESP: u64 = 0x6824;
-    pub(super) const GUEST_SYSENTER_EIP: u64 = 0x6826;
-    pub(super) const GUEST_GDTR_LIMIT: u64 = 0x4810;
-    pub(super) const GUEST_IDTR_LIMIT: u64 = 0x4812;
-    pub(super) const GUEST_GDTR_BASE: u64 = 0x6816;
-    pub(super) const GUEST_IDTR_BASE: u64 = 0x6818;
-    /// ES; the others follow in steps of two, in the order ES, CS, SS, DS, FS, GS, LDTR, TR.
-    pub(super) const SELECTOR: u64 = 0x800;
-    pub(super) const LIMIT: u64 = 0x4800;
-    pub(super) const RIGHTS: u64 = 0x4814;
-    pub(super) const BASE: u64 = 0x6806;
-}
-use encoding::*;
-
+/// Segments as the VMCS has them: the fields of one kind follow on one another in this order, in steps of two.
 const ES: u64 = 0;
 const CS: u64 = 1;
 const SS: u64 = 2;
@@ -184,7 +160,7 @@ impl Vcpu {
         f(GUEST_CR0, known.guest_cr0);
         f(CR4_READ_SHADOW, known.cr4);
         f(GUEST_CR4, known.guest_cr4);
-        f(vmx::GUEST_RFLAGS, host_state::RFLAGS);
+        f(GUEST_RFLAGS, host_state::RFLAGS);
         f(GUEST_SYSENTER_CS, field!(m, host_ia32_sysenter_cs));
         f(GUEST_SYSENTER_ESP, field!(m, host_ia32_sysenter_esp));
         f(GUEST_SYSENTER_EIP, field!(m, host_ia32_sysenter_eip));
@@ -199,10 +175,10 @@ impl Vcpu {
             f(GUEST_IA32_PAT, field!(m, host_ia32_pat));
         }
         let mut segment = |which: u64, selector: u64, base: u64, limit: u64, rights: u64| {
-            f(SELECTOR + 2 * which, selector);
-            f(BASE + 2 * which, base);
-            f(LIMIT + 2 * which, limit);
-            f(RIGHTS + 2 * which, rights);
+            f(GUEST_ES_SELECTOR + 2 * which, selector);
+            f(GUEST_ES_BASE + 2 * which, base);
+            f(GUEST_ES_LIMIT + 2 * which, limit);
+            f(GUEST_ES_AR_BYTES + 2 * which, rights);
         };
         let mut flat = |which, selector, base, rights| {
             segment(which, selector, base, host_state::FLAT, rights);

@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The vCPU's local APIC, when nothing is pending in it.
 
-use super::{vcpu::read, vmx, Vcpu};
+use super::{fields::encoding::GUEST_INTR_STATUS, vcpu::read, vmx, Vcpu};
 use crate::bindings;
 
-/// Encoding of the guest interrupt status (SDM appendix B); its low byte is RVI.
-const GUEST_INTR_STATUS: u64 = 0x810;
 /// MSR_IA32_APICBASE_ENABLE.
 const APICBASE_ENABLE: u64 = 1 << 11;
 /// POSTED_INTR_ON: an interrupt has been posted.
@@ -97,6 +95,7 @@ impl Vcpu {
         }
         // SAFETY: In the handler of a function that reads the field itself then.
         let status = unsafe { vmx::vmread_basic(GUEST_INTR_STATUS) };
+        // RVI is the low byte.
         status & 0xff == 0
     }
 

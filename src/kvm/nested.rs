@@ -3,6 +3,9 @@
 
 use super::{
     controls::SHADOW_VMCS,
+    fields::encoding::{
+        EXIT_QUALIFICATION, GUEST_CR3, GUEST_RSP, GUEST_SS_AR_BYTES, VMX_INSTRUCTION_INFO,
+    },
     guest_memory::{read_host_u64, GuestMemory},
     vcpu::read,
     vmx, Vcpu, Vmcs12,
@@ -13,11 +16,6 @@ use crate::{
     policy::operand::{self, Operand, Start, Trail},
 };
 use core::mem::size_of;
-
-const EXIT_QUALIFICATION: u64 = 0x6400;
-const GUEST_CR3: u64 = 0x6802;
-const GUEST_RSP: u64 = 0x681c;
-const GUEST_SS_AR_BYTES: u64 = 0x4818;
 
 const RSP: u8 = 4;
 /// X86_CR4_LAM_SUP: bits 62:48 of a supervisor's linear addresses may be tags.
@@ -63,7 +61,7 @@ impl Vcpu {
     /// May sleep. Must be called in the handler of an exit of L1, with KVM's SRCU lock held.
     pub(crate) fn vmptr_operand(self, memory: &mut GuestMemory, trail: &mut Trail) -> Option<u64> {
         // SAFETY: In a handler of an exit the exited VMCS is current.
-        let info = unsafe { vmx::vmread(vmx::VMX_INSTRUCTION_INFO) }? as u32;
+        let info = unsafe { vmx::vmread(VMX_INSTRUCTION_INFO) }? as u32;
         // SAFETY: As the read above has shown; every processor has these fields.
         let vmread = |field| unsafe { vmx::vmread_basic(field) };
         let operand = Operand::decode(info)?;

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 //! KVM's vCPU, as a handler on its own thread sees it.
 
-use super::{fields::for_each_late, vmx, Vmcs12};
+use super::{
+    fields::{encoding::*, for_each_late},
+    vmx, Vmcs12,
+};
 use crate::{
     bindings,
     hook::CallId,
@@ -436,7 +439,7 @@ impl Vcpu {
             Some(read!(self, rflags) as u64)
         } else {
             // SAFETY: By the invariants of `Vcpu` the right VMCS is current.
-            unsafe { vmx::vmread(vmx::GUEST_RFLAGS) }
+            unsafe { vmx::vmread(GUEST_RFLAGS) }
         }
     }
 
@@ -464,14 +467,14 @@ impl Vcpu {
             each!(cache, known, cached, 0 1 2 3 4 5 6 7);
         } else if cache.bitmask == 0 {
             // SAFETY: By the invariants of `Vcpu` the right VMCS is current. If none is, this one says so.
-            if unsafe { vmx::vmread(segments::SELECTOR[0]) }.is_none() {
+            if unsafe { vmx::vmread(SELECTOR[0]) }.is_none() {
                 return false;
             }
             let read = |selector: &mut u16, ar: &mut u32, index: usize| {
                 // SAFETY: As above; every processor has these fields.
                 unsafe {
-                    *selector = vmx::vmread_basic(segments::SELECTOR[index]) as u16;
-                    *ar = vmx::vmread_basic(segments::ACCESS_RIGHTS[index]) as u32;
+                    *selector = vmx::vmread_basic(SELECTOR[index]) as u16;
+                    *ar = vmx::vmread_basic(ACCESS_RIGHTS[index]) as u32;
                 }
             };
             each!(cache, known, read, 0 1 2 3 4 5 6 7);
@@ -500,12 +503,12 @@ impl Vcpu {
             let ar_bit = 1u32 << (index * SEG_FIELD_NR + SEG_FIELD_AR);
             if cache.bitmask & sel_bit == 0 {
                 // SAFETY: By the invariants of `Vcpu` the right VMCS is current.
-                seg.selector = unsafe { vmx::vmread(segments::SELECTOR[index])? } as u16;
+                seg.selector = unsafe { vmx::vmread(SELECTOR[index])? } as u16;
                 cache.bitmask |= sel_bit;
             }
             if cache.bitmask & ar_bit == 0 {
                 // SAFETY: By the invariants of `Vcpu` the right VMCS is current.
-                seg.ar = unsafe { vmx::vmread(segments::ACCESS_RIGHTS[index])? } as u32;
+                seg.ar = unsafe { vmx::vmread(ACCESS_RIGHTS[index])? } as u32;
                 cache.bitmask |= ar_bit;
             }
             *word = segments::word(seg.selector, seg.ar);
@@ -513,6 +516,30 @@ impl Vcpu {
         Some(inputs)
     }
 }
+
+/// The fields with the selector of each segment, in the order of `policy::segments`. The VMCS has LDTR before TR.
+const SELECTOR: [u64; segments::COUNT] = [
+    GUEST_ES_SELECTOR,
+    GUEST_CS_SELECTOR,
+    GUEST_SS_SELECTOR,
+    GUEST_DS_SELECTOR,
+    GUEST_FS_SELECTOR,
+    GUEST_GS_SELECTOR,
+    GUEST_TR_SELECTOR,
+    GUEST_LDTR_SELECTOR,
+];
+
+/// Those with the access rights, in the same order.
+const ACCESS_RIGHTS: [u64; segments::COUNT] = [
+    GUEST_ES_AR_BYTES,
+    GUEST_CS_AR_BYTES,
+    GUEST_SS_AR_BYTES,
+    GUEST_DS_AR_BYTES,
+    GUEST_FS_AR_BYTES,
+    GUEST_GS_AR_BYTES,
+    GUEST_TR_AR_BYTES,
+    GUEST_LDTR_AR_BYTES,
+];
 
 /// The bits of selector and access rights of every segment in `segment_cache.bitmask`.
 const SEG_SELECTORS_AND_RIGHTS: u32 = {

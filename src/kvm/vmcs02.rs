@@ -1,11 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
 //! VMCS shadowing for L2: what L1 asks for, and the controls of vmcs02 that serve it.
 
-use super::{controls::SHADOW_VMCS, vcpu::read, vmcs12::field, vmx, Vcpu};
+use super::{
+    controls::SHADOW_VMCS,
+    fields::encoding::{
+        SECONDARY_VM_EXEC_CONTROL, VMCS_LINK_POINTER, VMREAD_BITMAP, VMWRITE_BITMAP,
+    },
+    vcpu::read,
+    vmcs12::field,
+    vmx, Vcpu,
+};
 use crate::bindings;
-
-const SECONDARY_VM_EXEC_CONTROL: u64 = 0x401e;
-const VMCS_LINK_POINTER: u64 = 0x2800;
 
 /// Guest-physical addresses of the bitmaps that say which VMREADs and VMWRITEs of L2 are L1's.
 #[derive(Clone, Copy)]
@@ -51,8 +56,8 @@ impl Vcpu {
         // takes the bit back when it next prepares vmcs02.
         unsafe {
             (&raw mut (*self.raw()).nested.vmcs02.shadow_vmcs).write(shadow);
-            vmx::vmwrite(vmx::VMREAD_BITMAP, vmread);
-            vmx::vmwrite(vmx::VMWRITE_BITMAP, vmwrite);
+            vmx::vmwrite(VMREAD_BITMAP, vmread);
+            vmx::vmwrite(VMWRITE_BITMAP, vmwrite);
             vmx::vmwrite(VMCS_LINK_POINTER, vmx::physical(shadow.cast()));
             self.set_vmcs02_shadowing(true);
         }

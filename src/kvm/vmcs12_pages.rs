@@ -9,6 +9,9 @@ use super::{
         APIC_REGISTER_VIRT, ENABLE_EPT, POSTED_INTR, TPR_SHADOW, USE_MSR_BITMAPS,
         VIRTUALIZE_APIC_ACCESSES, VIRTUALIZE_X2APIC, VIRTUAL_INTR_DELIVERY,
     },
+    fields::encoding::{
+        APIC_ACCESS_ADDR, CPU_BASED_VM_EXEC_CONTROL, POSTED_INTR_DESC_ADDR, VIRTUAL_APIC_PAGE_ADDR,
+    },
     guest_memory::GuestMemory,
     vcpu::read,
     vmcs12::field,
@@ -21,12 +24,6 @@ use crate::{
         self, X2apic, MERGED, MERGED_WORDS, X2APIC_READS, X2APIC_WORDS, X2APIC_WRITES,
     },
 };
-
-/// Encodings (SDM appendix B).
-const CPU_BASED_VM_EXEC_CONTROL: u64 = 0x4002;
-const VIRTUAL_APIC_PAGE_ADDR: u64 = 0x2012;
-const APIC_ACCESS_ADDR: u64 = 0x2014;
-const POSTED_INTR_DESC_ADDR: u64 = 0x2016;
 
 /// EFER.LMA.
 const EFER_LMA: u64 = 1 << 10;

@@ -1,10 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 //! A VMREAD of L1 that exits, in the plain case: from a 64-bit supervisor, into a register.
 
-use super::{fields::Field, vcpu::read, vmx, Vcpu, Vmcs12};
+use super::{
+    fields::{
+        encoding::{GUEST_CS_AR_BYTES, GUEST_SS_AR_BYTES},
+        Field,
+    },
+    vcpu::read,
+    vmx, Vcpu, Vmcs12,
+};
 
-const GUEST_CS_AR_BYTES: u64 = 0x4816;
-const GUEST_SS_AR_BYTES: u64 = 0x4818;
 /// VMX_AR_L_MASK: 64-bit code.
 const AR_L: u64 = 1 << 13;
 /// VMX_AR_DPL of SS, the privilege level.

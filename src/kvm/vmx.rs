@@ -8,16 +8,6 @@ use core::{
 };
 use kernel::prelude::*;
 
-/// Encoding of the guest's RFLAGS (SDM appendix B.4.3).
-pub(crate) const GUEST_RFLAGS: u64 = 0x6820;
-
-/// Encoding of VMX_INSTRUCTION_INFO (SDM appendix B.3.2).
-pub(crate) const VMX_INSTRUCTION_INFO: u64 = 0x440e;
-/// Encoding of the address of the VMREAD bitmap (SDM appendix B.2.1).
-pub(crate) const VMREAD_BITMAP: u64 = 0x2026;
-/// Encoding of the address of the VMWRITE bitmap (SDM appendix B.2.1).
-pub(crate) const VMWRITE_BITMAP: u64 = 0x2028;
-
 /// Physical address of something in the kernel's direct map (`__pa()`).
 pub(crate) fn physical(ptr: *const core::ffi::c_void) -> u64 {
     // SAFETY: Set early in boot and constant since.

@@ -3,12 +3,13 @@
 //!
 //! KVM has two for a vCPU: `vmx->vpid` for L1, and for an L2 to which L1 gives none; `nested.vpid02` for an L2 to which L1 gives one.
 
-use super::{controls::ENABLE_VPID, vcpu::read, vmcs12::field, vmx, Vcpu, Vmcs12};
+use super::{
+    controls::ENABLE_VPID, fields::encoding::VIRTUAL_PROCESSOR_ID, vcpu::read, vmcs12::field, vmx,
+    Vcpu, Vmcs12,
+};
 use crate::hook::CallId;
 use core::sync::atomic::{AtomicU32, Ordering};
 
-/// Encoding of the VPID (SDM appendix B.1.1).
-const VIRTUAL_PROCESSOR_ID: u64 = 0x0000;
 /// IA32_VMX_EPT_VPID_CAP (SDM appendix A.10).
 const IA32_VMX_EPT_VPID_CAP: u32 = 0x48c;
 /// In it: INVVPID, and its type 2, all contexts.

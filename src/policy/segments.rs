@@ -1,18 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Which segment registers KVM's `__vmx_guest_state_valid` looks at, and where the VMCS has them.
+//! What KVM's `__vmx_guest_state_valid` looks at in the segment registers.
 
 /// The segment registers in KVM's numbering (`VCPU_SREG_*`), which is how `segment_cache` is
 /// indexed: ES, CS, SS, DS, FS, GS, TR, LDTR.
 pub const COUNT: usize = 8;
-
-/// VMCS encodings of the selector of each segment (SDM volume 3, appendix B.1.2), in KVM's order.
-/// The VMCS has LDTR before TR.
-pub const SELECTOR: [u64; COUNT] = [0x800, 0x802, 0x804, 0x806, 0x808, 0x80a, 0x80e, 0x80c];
-
-/// VMCS encodings of the access rights of each segment (appendix B.3.3), in KVM's order.
-pub const ACCESS_RIGHTS: [u64; COUNT] = [
-    0x4814, 0x4816, 0x4818, 0x481a, 0x481c, 0x481e, 0x4822, 0x4820,
-];
 
 /// In protected mode the check is a function of nothing but selector and access rights of the
 /// eight segments: this is its whole input, one word for each.

@@ -6,7 +6,9 @@ mod rare;
 
 pub(crate) use rare::prepare;
 
-use super::{controls::USE_MSR_BITMAPS, vcpu::read, vmcs12::field, vmx, Vcpu, Vmcs12};
+use super::{
+    controls::USE_MSR_BITMAPS, fields::encoding::*, vcpu::read, vmcs12::field, vmx, Vcpu, Vmcs12,
+};
 use crate::{
     bindings,
     hook::CallId,
@@ -21,35 +23,6 @@ use crate::{
     },
 };
 use core::sync::atomic::Ordering;
-
-/// Encodings (SDM appendix B).
-mod encoding {
-    pub(super) const GUEST_INTR_STATUS: u64 = 0x810;
-    pub(super) const TSC_OFFSET: u64 = 0x2010;
-    pub(super) const TSC_MULTIPLIER: u64 = 0x2032;
-    pub(super) const GUEST_IA32_DEBUGCTL: u64 = 0x2802;
-    pub(super) const GUEST_IA32_PAT: u64 = 0x2804;
-    pub(super) const GUEST_BNDCFGS: u64 = 0x2812;
-    pub(super) const PIN_BASED_VM_EXEC_CONTROL: u64 = 0x4000;
-    pub(super) const CPU_BASED_VM_EXEC_CONTROL: u64 = 0x4002;
-    pub(super) const EXCEPTION_BITMAP: u64 = 0x4004;
-    pub(super) const VM_EXIT_CONTROLS: u64 = 0x400c;
-    pub(super) const VM_ENTRY_CONTROLS: u64 = 0x4012;
-    pub(super) const VM_ENTRY_INTR_INFO_FIELD: u64 = 0x4016;
-    pub(super) const VM_ENTRY_EXCEPTION_ERROR_CODE: u64 = 0x4018;
-    pub(super) const VM_ENTRY_INSTRUCTION_LEN: u64 = 0x401a;
-    pub(super) const TPR_THRESHOLD: u64 = 0x401c;
-    pub(super) const SECONDARY_VM_EXEC_CONTROL: u64 = 0x401e;
-    pub(super) const GUEST_INTERRUPTIBILITY_INFO: u64 = 0x4824;
-    pub(super) const CR0_GUEST_HOST_MASK: u64 = 0x6000;
-    pub(super) const CR0_READ_SHADOW: u64 = 0x6004;
-    pub(super) const CR4_READ_SHADOW: u64 = 0x6006;
-    pub(super) const GUEST_CR0: u64 = 0x6800;
-    pub(super) const GUEST_CR3: u64 = 0x6802;
-    pub(super) const GUEST_CR4: u64 = 0x6804;
-    pub(super) const GUEST_DR7: u64 = 0x681a;
-}
-use encoding::*;
 
 /// CR0.PG.
 const CR0_PG: u64 = 1 << 31;
@@ -410,7 +383,7 @@ impl Vcpu {
         if e.clear_bndcfgs {
             f(GUEST_BNDCFGS, 0);
         }
-        f(vmx::GUEST_RFLAGS, field!(m, guest_rflags));
+        f(GUEST_RFLAGS, field!(m, guest_rflags));
         f(EXCEPTION_BITMAP, e.derived.exceptions);
         f(CR0_GUEST_HOST_MASK, !e.owned_cr0);
         if e.wanted.entry & LOAD_PAT != 0 {

@@ -6,32 +6,6 @@ use super::*;
 use crate::layout;
 use core::sync::atomic::AtomicBool;
 
-/// Encodings (SDM appendix B).
-mod encoding {
-    pub(super) const VIRTUAL_PROCESSOR_ID: u64 = 0;
-    /// ES; the others follow in steps of two, in the order ES, CS, SS, DS, FS, GS, LDTR, TR.
-    pub(super) const SELECTOR: u64 = 0x800;
-    pub(super) const EOI_EXIT_BITMAP: u64 = 0x201c;
-    pub(super) const XSS_EXIT_BITMAP: u64 = 0x202c;
-    pub(super) const VMCS_LINK_POINTER: u64 = 0x2800;
-    pub(super) const PAGE_FAULT_ERROR_CODE_MASK: u64 = 0x4006;
-    pub(super) const PAGE_FAULT_ERROR_CODE_MATCH: u64 = 0x4008;
-    pub(super) const VM_EXIT_MSR_STORE_COUNT: u64 = 0x400e;
-    pub(super) const VM_EXIT_MSR_LOAD_COUNT: u64 = 0x4010;
-    pub(super) const VM_ENTRY_MSR_LOAD_COUNT: u64 = 0x4014;
-    /// In the same order as selectors; GDTR and IDTR follow.
-    pub(super) const LIMIT: u64 = 0x4800;
-    pub(super) const RIGHTS: u64 = 0x4814;
-    pub(super) const GUEST_SYSENTER_CS: u64 = 0x482a;
-    pub(super) const CR4_GUEST_HOST_MASK: u64 = 0x6002;
-    /// In the same order as selectors; GDTR and IDTR follow.
-    pub(super) const BASE: u64 = 0x6806;
-    pub(super) const GUEST_PENDING_DBG_EXCEPTIONS: u64 = 0x6822;
-    pub(super) const GUEST_SYSENTER_ESP: u64 = 0x6824;
-    pub(super) const GUEST_SYSENTER_EIP: u64 = 0x6826;
-}
-use encoding::*;
-
 /// SECONDARY_EXEC_ENABLE_XSAVES.
 const XSAVES: u32 = 1 << 20;
 
@@ -73,12 +47,13 @@ impl Vcpu {
             read!(self, vpid) as u16
         };
         f(VIRTUAL_PROCESSOR_ID, u64::from(vpid));
+        // The fields of one kind follow on one another in this order, in steps of two.
         macro_rules! segment {
             ($at:literal, $selector:ident, $limit:ident, $rights:ident, $base:ident) => {
-                f(SELECTOR + 2 * $at, field!(m, $selector));
-                f(LIMIT + 2 * $at, field!(m, $limit));
-                f(RIGHTS + 2 * $at, field!(m, $rights));
-                f(BASE + 2 * $at, field!(m, $base));
+                f(GUEST_ES_SELECTOR + 2 * $at, field!(m, $selector));
+                f(GUEST_ES_LIMIT + 2 * $at, field!(m, $limit));
+                f(GUEST_ES_AR_BYTES + 2 * $at, field!(m, $rights));
+                f(GUEST_ES_BASE + 2 * $at, field!(m, $base));
             };
         }
         segment!(
@@ -137,10 +112,10 @@ impl Vcpu {
             guest_tr_ar_bytes,
             guest_tr_base
         );
-        f(LIMIT + 16, field!(m, guest_gdtr_limit));
-        f(LIMIT + 18, field!(m, guest_idtr_limit));
-        f(BASE + 16, field!(m, guest_gdtr_base));
-        f(BASE + 18, field!(m, guest_idtr_base));
+        f(GUEST_GDTR_LIMIT, field!(m, guest_gdtr_limit));
+        f(GUEST_IDTR_LIMIT, field!(m, guest_idtr_limit));
+        f(GUEST_GDTR_BASE, field!(m, guest_gdtr_base));
+        f(GUEST_IDTR_BASE, field!(m, guest_idtr_base));
         f(GUEST_SYSENTER_CS, field!(m, guest_sysenter_cs));
         f(
             GUEST_PENDING_DBG_EXCEPTIONS,
@@ -164,10 +139,10 @@ impl Vcpu {
         );
         // Without virtual-interrupt delivery nobody looks at them, and L1 cannot turn that on without more of this.
         if e.controls.secondary & INTERRUPT_DELIVERY != 0 {
-            f(EOI_EXIT_BITMAP, field!(m, eoi_exit_bitmap0));
-            f(EOI_EXIT_BITMAP + 2, field!(m, eoi_exit_bitmap1));
-            f(EOI_EXIT_BITMAP + 4, field!(m, eoi_exit_bitmap2));
-            f(EOI_EXIT_BITMAP + 6, field!(m, eoi_exit_bitmap3));
+            f(EOI_EXIT_BITMAP0, field!(m, eoi_exit_bitmap0));
+            f(EOI_EXIT_BITMAP1, field!(m, eoi_exit_bitmap1));
+            f(EOI_EXIT_BITMAP2, field!(m, eoi_exit_bitmap2));
+            f(EOI_EXIT_BITMAP3, field!(m, eoi_exit_bitmap3));
         }
         f(
             VM_EXIT_MSR_STORE_COUNT,

@@ -8,7 +8,10 @@ use super::{
 use crate::{
     alloc,
     kvm::{
-        fields::{Class, FIELDS},
+        fields::{
+            encoding::{GUEST_ES_AR_BYTES, VMREAD_BITMAP, VMWRITE_BITMAP},
+            Class, FIELDS,
+        },
         vmx, Vcpu,
     },
     policy::set::Set,
@@ -54,7 +57,6 @@ pub(super) struct Extension {
 ///
 /// A shadow VMCS that is about to be filled is current.
 pub(in crate::path) unsafe fn drops_reserved() -> bool {
-    const GUEST_ES_AR_BYTES: u64 = 0x4814;
     // SAFETY: By this function's contract.
     unsafe {
         vmx::vmwrite(GUEST_ES_AR_BYTES, u64::from(u32::MAX))
@@ -79,12 +81,7 @@ impl Extension {
     /// the field table can explain: then this kernel shadows something that we do not know.
     pub(super) fn new(vcpu: Vcpu) -> Result<Option<Pin<KBox<Self>>>> {
         // SAFETY: `vcpu` is in a handler with vmcs01 current.
-        let addresses = unsafe {
-            (
-                vmx::vmread(vmx::VMREAD_BITMAP),
-                vmx::vmread(vmx::VMWRITE_BITMAP),
-            )
-        };
+        let addresses = unsafe { (vmx::vmread(VMREAD_BITMAP), vmx::vmread(VMWRITE_BITMAP)) };
         let (Some(stock_vmread), Some(stock_vmwrite)) = addresses else {
             return Ok(None);
         };

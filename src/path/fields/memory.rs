@@ -11,7 +11,10 @@ use super::{
 use crate::{
     bindings,
     kvm::{
-        fields::{Class, Number, FIELDS},
+        fields::{
+            encoding::{VMREAD_BITMAP, VMWRITE_BITMAP},
+            Class, Number, FIELDS,
+        },
         nested::Pages,
         region::{self, Current, Present, Region},
         vmx, Vcpu, Vmcs12,
@@ -551,8 +554,8 @@ impl Memory {
             // SAFETY: By this function's contract vmcs01 is current again; the bitmaps live as long
             // as the extension, which is not dropped while `extended`.
             unsafe {
-                vmx::vmwrite(vmx::VMREAD_BITMAP, at(&ext.vmread));
-                vmx::vmwrite(vmx::VMWRITE_BITMAP, at(&ext.vmwrite));
+                vmx::vmwrite(VMREAD_BITMAP, at(&ext.vmread));
+                vmx::vmwrite(VMWRITE_BITMAP, at(&ext.vmwrite));
             }
             shared.extended.store(true, Ordering::Relaxed);
         }
@@ -686,8 +689,7 @@ impl Memory {
         // SAFETY: vmcs01 is current inside, and these are the addresses that KVM itself wrote.
         let done = unsafe {
             vcpu.with_vmcs01(|| {
-                vmx::vmwrite(vmx::VMREAD_BITMAP, vmread)
-                    && vmx::vmwrite(vmx::VMWRITE_BITMAP, vmwrite)
+                vmx::vmwrite(VMREAD_BITMAP, vmread) && vmx::vmwrite(VMWRITE_BITMAP, vmwrite)
             })
         };
         drop(guard);

@@ -35,7 +35,7 @@ use crate::{
     bindings,
     hook::{CallId, Continuation, HookId, InFlight, Verdict},
     kvm::{
-        fields::{self, Number, FIELDS},
+        fields::{self, encoding::VMX_INSTRUCTION_INFO, Number, FIELDS},
         vmread::Read,
         vmx, Vcpu,
     },
@@ -289,7 +289,7 @@ unsafe fn accessed(vcpu: Vcpu, write: bool, cont: Continuation) -> Verdict {
         return Verdict::STOCK;
     }
     // SAFETY: By this function's contract: in a handler of an exit the exited VMCS is current.
-    let info = unsafe { vmx::vmread(vmx::VMX_INSTRUCTION_INFO) };
+    let info = unsafe { vmx::vmread(VMX_INSTRUCTION_INFO) };
     // Register 2 names the field (SDM table 29-14).
     let encoding = info.and_then(|info| vcpu.gpr((info >> 28 & 0xf) as usize));
     if nested && write {
