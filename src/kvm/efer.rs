@@ -6,16 +6,21 @@ use super::{
     vcpu::read,
     vmx, Vcpu,
 };
-use crate::bindings;
+use crate::{
+    bindings,
+    policy::{
+        controls::{
+            vm_entry::{IA32E_MODE, LOAD_EFER},
+            vm_exit,
+        },
+        registers::EFER_LMA,
+    },
+};
 
-/// EFER_LMA.
-const LMA: u64 = 1 << 10;
-/// VM_ENTRY_IA32E_MODE and VM_ENTRY_LOAD_IA32_EFER.
-const ENTRY_CONTROLS: u32 = ENTRY_LOAD_EFER | 1 << 9;
-/// VM_ENTRY_LOAD_IA32_EFER.
-const ENTRY_LOAD_EFER: u32 = 1 << 15;
-/// VM_EXIT_LOAD_IA32_EFER.
-const EXIT_CONTROLS: u32 = 1 << 21;
+/// The entry controls that vmx_set_efer() makes.
+pub(super) const ENTRY_CONTROLS: u32 = LOAD_EFER | IA32E_MODE;
+/// The exit control that it makes.
+pub(super) const EXIT_CONTROLS: u32 = vm_exit::LOAD_EFER;
 
 /// Slots of `guest_uret_msrs`.
 const SLOTS: usize = bindings::MTK_NR_URET_MSRS as usize;
@@ -40,7 +45,7 @@ impl EferState {
     /// What the vCPU has now for this EFER. `None` if the guest is not in 64-bit mode, or EFER is switched in
     /// another way than by the processor's own control.
     pub(crate) fn now(vcpu: Vcpu, efer: u64) -> Option<Self> {
-        if efer & LMA == 0 || !Self::is_applicable(vcpu) {
+        if efer & EFER_LMA == 0 || !Self::is_applicable(vcpu) {
             return None;
         }
         let vmcs = read!(vcpu, loaded_vmcs);
@@ -51,7 +56,7 @@ impl EferState {
                 (*vmcs).controls_shadow.vm_exit,
             )
         };
-        let guest = if entry & ENTRY_LOAD_EFER != 0 {
+        let guest = if entry & LOAD_EFER != 0 {
             // SAFETY: By the invariants of `Vcpu` the VMCS that KVM would write is current.
             unsafe { vmx::vmread(GUEST_IA32_EFER)? }
         } else {
@@ -125,7 +130,7 @@ impl EferState {
                 vmx::vmwrite_basic(VM_EXIT_CONTROLS, u64::from(exit));
                 (*shadow).vm_exit = exit;
             }
-            if entry & ENTRY_LOAD_EFER != 0 {
+            if entry & LOAD_EFER != 0 {
                 vmx::vmwrite_basic(GUEST_IA32_EFER, self.guest);
             }
         }

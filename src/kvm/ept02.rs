@@ -5,7 +5,11 @@
 //! logging and write protection right. What is here finds out where it may be asked to.
 
 use super::{guest_memory::PAGE, mmu_lock, vcpu::read, vmx, Vcpu};
-use crate::{bindings, hook::CallId, policy::ept::Rights};
+use crate::{
+    bindings,
+    hook::CallId,
+    policy::{ept::Rights, registers::HF_SMM},
+};
 use core::{
     marker::PhantomData,
     mem::MaybeUninit,
@@ -100,8 +104,7 @@ impl Vcpu {
 
     /// `is_smm()`. Memory slots are others there.
     pub(crate) fn in_smm(self) -> bool {
-        const HF_SMM_MASK: u32 = 1 << 1;
-        read!(self, vcpu.arch.hflags) & HF_SMM_MASK != 0
+        u64::from(read!(self, vcpu.arch.hflags)) & HF_SMM != 0
     }
 
     /// Address bits that the guest's processor does not have.

@@ -2,12 +2,19 @@
 //! What load_vmcs12_host_state() changes when L1 is in 64-bit mode and KVM uses EPT and unrestricted guest.
 
 use super::{
-    controls::USE_MSR_BITMAPS, fields::encoding::*, vcpu::read, vmcs12::field, vmx, Vcpu, Vmcs12,
+    fields::encoding::*,
+    vcpu::{read, BP_ENABLED},
+    vmcs12::field,
+    vmx, Vcpu, Vmcs12,
 };
 use crate::{
     bindings,
     hook::CallId,
-    policy::host_state::{self, Inputs, Plan},
+    policy::{
+        controls::{primary::MSR_BITMAPS, secondary::DESCRIPTOR_TABLES},
+        host_state::{self, Inputs, Plan},
+        registers::{CR0_PG, CR4_IN_CPUID},
+    },
 };
 
 /// Segments as the VMCS has them: the fields of one kind follow on one another in this order, in steps of two.
@@ -20,16 +27,8 @@ const GS: u64 = 5;
 const LDTR: u64 = 6;
 const TR: u64 = 7;
 
-/// CR0.PG.
-const CR0_PG: u64 = 1 << 31;
 /// GUEST_INTR_STATE_STI and GUEST_INTR_STATE_MOV_SS.
 const BLOCKING: u64 = 3;
-/// SECONDARY_EXEC_DESC, with which KVM emulates CR4.UMIP.
-const SECONDARY_EXEC_DESC: u32 = 1 << 2;
-/// X86_CR4_OSXSAVE and X86_CR4_PKE, which CPUID shows.
-const CR4_IN_CPUID: u64 = 1 << 18 | 1 << 22;
-/// KVM_DEBUGREG_BP_ENABLED.
-const BP_ENABLED: u32 = 1;
 
 const RSP: u32 = 1 << bindings::MTK_REG_RSP;
 const RIP: u32 = 1 << bindings::MTK_REG_RIP;
@@ -123,14 +122,14 @@ impl Vcpu {
         called
             && pass
             && !bitmap.is_null()
-            && read!(self, vmcs01.controls_shadow.exec) & USE_MSR_BITMAPS != 0
+            && read!(self, vmcs01.controls_shadow.exec) & MSR_BITMAPS != 0
             // SAFETY: A whole page, which only this thread changes.
             && unsafe { bitmap.add(WORD).read() } & BIT == 0
     }
 
     #[inline(always)]
     fn emulates_umip(self) -> bool {
-        read!(self, vmcs01.controls_shadow.secondary_exec) & SECONDARY_EXEC_DESC != 0
+        read!(self, vmcs01.controls_shadow.secondary_exec) & DESCRIPTOR_TABLES != 0
     }
 
     /// What the stock function has just made of vmcs12's host CR0 and CR4.

@@ -8,7 +8,10 @@
 //! of the two ways that KVM's comment on host_pfn_mapping_level() names, which walks the tables in the same manner.)
 
 use super::{host_pages::BATCH, vmx};
-use crate::bindings;
+use crate::{
+    bindings,
+    policy::registers::{CR4_LA57, CR4_PKE, RFLAGS_IF},
+};
 use core::{
     arch::asm,
     mem::{offset_of, MaybeUninit},
@@ -25,9 +28,6 @@ const LARGE: u64 = 1 << 7;
 /// What must not be set at the last level: `_PAGE_SPECIAL`, a frame without a `struct page` of its own, and a protection key.
 const UNFIT: u64 = bindings::MTK_PTE_SPECIAL as u64 | 0xf << 59;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
-/// CR4.LA57 and CR4.PKE.
-const LA57: u64 = 1 << 12;
-const PKE: u64 = 1 << 22;
 
 /// A page of the kernel's (`struct page`), as far as it is read here: a page's flags are its first word, and the second, in its lowest
 /// bit, says whether it is a part of a larger one (a *tail*).
@@ -59,8 +59,7 @@ impl Quiet {
 impl Drop for Quiet {
     #[inline(always)]
     fn drop(&mut self) {
-        const IF: u64 = 1 << 9;
-        if self.0 & IF != 0 {
+        if self.0 & RFLAGS_IF != 0 {
             // SAFETY: Interrupts were on before.
             unsafe { asm!("sti") };
         }
@@ -70,7 +69,7 @@ impl Drop for Quiet {
 /// Whether the protection key 0, which all but a few pages have, lets this task write (`__pkru_allows_pkey()`).
 #[inline(always)]
 fn key_0_is_open(cr4: u64) -> bool {
-    if cr4 & PKE == 0 {
+    if cr4 & CR4_PKE == 0 {
         return true;
     }
     let pkru: u32;
@@ -101,7 +100,7 @@ impl Frames {
         if !key_0_is_open(cr4) {
             return out;
         }
-        let top = if cr4 & LA57 != 0 { 5 } else { 4 };
+        let top = if cr4 & CR4_LA57 != 0 { 5 } else { 4 };
         let first = (address >> 12) % ENTRIES;
         let range = first..(first + count.min(BATCH)).min(ENTRIES);
         let quiet = Quiet::begin();

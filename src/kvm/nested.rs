@@ -2,7 +2,6 @@
 //! What VMPTRLD and VMCLEAR of L1 read and change in a vCPU.
 
 use super::{
-    controls::SHADOW_VMCS,
     fields::encoding::{
         EXIT_QUALIFICATION, GUEST_CR3, GUEST_RSP, GUEST_SS_AR_BYTES, VMX_INSTRUCTION_INFO,
     },
@@ -13,17 +12,14 @@ use super::{
 use crate::{
     bindings,
     hook::CallId,
-    policy::operand::{self, Operand, Start, Trail},
+    policy::{
+        controls::secondary::VMCS_SHADOWING,
+        operand::{self, Operand, Start, Trail},
+        registers::{CR4_LAM_SUP, EFER_LMA, EFER_NX},
+    },
 };
 use core::mem::size_of;
 
-const RSP: u8 = 4;
-/// X86_CR4_LAM_SUP: bits 62:48 of a supervisor's linear addresses may be tags.
-const CR4_LAM_SUP: usize = 1 << 28;
-/// EFER_LMA: paging is that of 64-bit mode.
-const EFER_LMA: u64 = 1 << 10;
-/// EFER_NX: bit 63 of a paging-structure entry is not reserved.
-const EFER_NX: u64 = 1 << 11;
 /// CF, PF, AF, ZF, SF and OF, which VMX instructions clear when they succeed.
 const RFLAGS_STATUS: usize = 0x8d5;
 
@@ -52,7 +48,7 @@ impl Vcpu {
 
     /// `nested_cpu_has_vmx_shadow_vmcs()`: L1 may use VMCS shadowing.
     pub(crate) fn may_shadow(self) -> bool {
-        read!(self, nested.msrs.secondary_ctls_high) & SHADOW_VMCS != 0
+        read!(self, nested.msrs.secondary_ctls_high) & VMCS_SHADOWING != 0
     }
 
     /// The guest-physical address that the memory operand of L1's VMPTRLD or VMCLEAR holds. `None` if
@@ -65,11 +61,12 @@ impl Vcpu {
         // SAFETY: As the read above has shown; every processor has these fields.
         let vmread = |field| unsafe { vmx::vmread_basic(field) };
         let operand = Operand::decode(info)?;
-        if read!(self, vcpu.arch.cr4) & CR4_LAM_SUP != 0 {
+        if read!(self, vcpu.arch.cr4) as u64 & CR4_LAM_SUP != 0 {
             return None;
         }
-        let register = |number| {
-            if number == RSP && !self.register_is_available(u32::from(RSP)) {
+        let register = |number: u8| {
+            let rsp = bindings::MTK_REG_RSP;
+            if u32::from(number) == rsp && !self.register_is_available(rsp) {
                 vmread(GUEST_RSP)
             } else {
                 read!(self, vcpu.arch.regs[number as usize & 0xf]) as u64

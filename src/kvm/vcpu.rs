@@ -8,16 +8,15 @@ use super::{
 use crate::{
     bindings,
     hook::CallId,
-    policy::segments::{self, Inputs},
+    policy::{
+        registers::{CR0_PE, CR4_LA57, HF_GUEST, RFLAGS_VM},
+        segments::{self, Inputs},
+    },
 };
 use core::sync::atomic::{AtomicU64, Ordering};
 
-/// X86_CR0_PE.
-const CR0_PE: usize = 1 << 0;
-/// X86_CR4_LA57: linear addresses have 57 bits.
-const CR4_LA57: usize = 1 << 12;
-/// X86_EFLAGS_VM: virtual-8086 mode.
-const RFLAGS_VM: u64 = 1 << 17;
+/// KVM_DEBUGREG_BP_ENABLED, in `switch_db_regs`.
+pub(super) const BP_ENABLED: u32 = 1;
 
 // `to_vmx()` is a container_of(); the views below rely on it being a cast.
 const _: () = assert!(core::mem::offset_of!(bindings::vcpu_vmx, vcpu) == 0);
@@ -143,15 +142,14 @@ impl Vcpu {
     /// `is_guest_mode()`: an L2 (or deeper) guest runs on this vCPU.
     #[inline(always)]
     pub(crate) fn guest_mode(self) -> bool {
-        const HF_GUEST_MASK: u32 = 1 << 0;
-        read!(self, vcpu.arch.hflags) & HF_GUEST_MASK != 0
+        u64::from(read!(self, vcpu.arch.hflags)) & HF_GUEST != 0
     }
 
     /// CR4.LA57 as the guest has it now; KVM never lets the guest own this bit, so the copy in
     /// `vcpu->arch` is right.
     #[inline(always)]
     pub(crate) fn cr4_la57(self) -> bool {
-        read!(self, vcpu.arch.cr4) & CR4_LA57 != 0
+        read!(self, vcpu.arch.cr4) as u64 & CR4_LA57 != 0
     }
 
     /// `kvm->arch.disabled_quirks`, which user space may change at any time.
@@ -396,8 +394,7 @@ impl Vcpu {
     /// A general-purpose register of the guest. `None` for RSP, which KVM may not have read yet.
     #[inline(always)]
     pub(crate) fn gpr(self, number: usize) -> Option<u64> {
-        const RSP: usize = 4;
-        if number == RSP || number >= 16 {
+        if number == bindings::MTK_REG_RSP as usize || number >= 16 {
             return None;
         }
         Some(read!(self, vcpu.arch.regs[number]) as u64)
@@ -426,7 +423,7 @@ impl Vcpu {
     /// Whether the guest is in plain protected mode: CR0.PE set, RFLAGS.VM clear, no real-mode
     /// emulation. `None` if the VMCS could not be read.
     pub(crate) fn plain_protected_mode(self) -> Option<bool> {
-        if read!(self, rmode.vm86_active) != 0 || read!(self, vcpu.arch.cr0) & CR0_PE == 0 {
+        if read!(self, rmode.vm86_active) != 0 || read!(self, vcpu.arch.cr0) as u64 & CR0_PE == 0 {
             return Some(false);
         }
         Some(self.rflags()? & RFLAGS_VM == 0)

@@ -2,7 +2,6 @@
 //! VMCS shadowing for L2: what L1 asks for, and the controls of vmcs02 that serve it.
 
 use super::{
-    controls::SHADOW_VMCS,
     fields::encoding::{
         SECONDARY_VM_EXEC_CONTROL, VMCS_LINK_POINTER, VMREAD_BITMAP, VMWRITE_BITMAP,
     },
@@ -10,7 +9,7 @@ use super::{
     vmcs12::field,
     vmx, Vcpu,
 };
-use crate::bindings;
+use crate::{bindings, policy::controls::secondary::VMCS_SHADOWING};
 
 /// Guest-physical addresses of the bitmaps that say which VMREADs and VMWRITEs of L2 are L1's.
 #[derive(Clone, Copy)]
@@ -89,9 +88,9 @@ impl Vcpu {
     unsafe fn set_vmcs02_shadowing(self, on: bool) {
         let was = read!(self, nested.vmcs02.controls_shadow.secondary_exec);
         let now = if on {
-            was | SHADOW_VMCS
+            was | VMCS_SHADOWING
         } else {
-            was & !SHADOW_VMCS
+            was & !VMCS_SHADOWING
         };
         if now != was {
             // SAFETY: By this function's contract.

@@ -1,7 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 //! KVM's cached copy of the VMCS that L1 keeps for L2.
 
-use crate::bindings;
+use crate::{
+    bindings,
+    policy::{
+        controls::vm_entry::IA32E_MODE,
+        registers::{CR0_PG, CR4_PAE},
+    },
+};
 
 /// A vcpu's cached vmcs12: kernel memory that only the vCPU's own thread changes while it holds the
 /// vCPU's mutex. Its *contents* are the guest's and untrusted.
@@ -40,10 +46,7 @@ impl Vmcs12 {
     /// (SDM volume 3, 28.3.1.6).
     #[inline(always)]
     pub(crate) fn has_pae_paging(self) -> bool {
-        const CR0_PG: u64 = 1 << 31;
-        const CR4_PAE: u64 = 1 << 5;
-        const ENTRY_IA32E_MODE: u64 = 1 << 9;
-        field!(self, vm_entry_controls) & ENTRY_IA32E_MODE == 0
+        field!(self, vm_entry_controls) & u64::from(IA32E_MODE) == 0
             && field!(self, guest_cr0) & CR0_PG != 0
             && field!(self, guest_cr4) & CR4_PAE != 0
     }

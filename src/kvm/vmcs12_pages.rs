@@ -5,10 +5,6 @@
 //! `nested_get_vmcs12_pages()` pins the first three for as long as L2 runs, and reads the fourth.
 
 use super::{
-    controls::{
-        APIC_REGISTER_VIRT, ENABLE_EPT, POSTED_INTR, TPR_SHADOW, USE_MSR_BITMAPS,
-        VIRTUALIZE_APIC_ACCESSES, VIRTUALIZE_X2APIC, VIRTUAL_INTR_DELIVERY,
-    },
     fields::encoding::{
         APIC_ACCESS_ADDR, CPU_BASED_VM_EXEC_CONTROL, POSTED_INTR_DESC_ADDR, VIRTUAL_APIC_PAGE_ADDR,
     },
@@ -20,13 +16,22 @@ use super::{
 use crate::{
     bindings,
     hook::CallId,
-    policy::msr_bitmap::{
-        self, X2apic, MERGED, MERGED_WORDS, X2APIC_READS, X2APIC_WORDS, X2APIC_WRITES,
+    policy::{
+        controls::{
+            pin::POSTED_INTERRUPTS,
+            primary::{MSR_BITMAPS, TPR_SHADOW},
+            secondary::{
+                APIC_REGISTER_VIRT, EPT, INTERRUPT_DELIVERY, VIRTUALIZE_APIC_ACCESSES,
+                VIRTUALIZE_X2APIC,
+            },
+        },
+        msr_bitmap::{
+            self, X2apic, MERGED, MERGED_WORDS, X2APIC_READS, X2APIC_WORDS, X2APIC_WRITES,
+        },
+        registers::EFER_LMA,
     },
 };
 
-/// EFER.LMA.
-const EFER_LMA: u64 = 1 << 10;
 /// KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS.
 const UPDATE_IN_PROGRESS: u64 = 1 << 63;
 
@@ -132,8 +137,8 @@ impl Vcpu {
     /// Whether nested_get_vmcs12_pages() has nothing to look up for this vmcs12.
     #[inline(always)]
     pub(crate) fn wants_no_page(self, m: Vmcs12) -> bool {
-        m.primary_controls() & (TPR_SHADOW | USE_MSR_BITMAPS) == 0
-            && m.pin_controls() & POSTED_INTR == 0
+        m.primary_controls() & (TPR_SHADOW | MSR_BITMAPS) == 0
+            && m.pin_controls() & POSTED_INTERRUPTS == 0
             && m.secondary_controls() & VIRTUALIZE_APIC_ACCESSES == 0
     }
 
@@ -144,12 +149,12 @@ impl Vcpu {
         let secondary = m.secondary_controls();
         // Else KVM may load PDPTRs from memory first.
         let long = read!(self, vcpu.arch.efer) & EFER_LMA != 0;
-        let plain = (long || secondary & ENABLE_EPT != 0)
+        let plain = (long || secondary & EPT != 0)
             && !self.evmcs_is_mapped()
             // Which stock unpins first.
             && !self.has_pinned_pages();
         plain.then(|| {
-            let virtual_interrupts = m.pin_controls() & POSTED_INTR != 0;
+            let virtual_interrupts = m.pin_controls() & POSTED_INTERRUPTS != 0;
             [
                 (secondary & VIRTUALIZE_APIC_ACCESSES != 0).then(|| field!(m, apic_access_addr)),
                 (primary & TPR_SHADOW != 0).then(|| field!(m, virtual_apic_page_addr)),
@@ -284,7 +289,7 @@ impl Vcpu {
         memory: &mut GuestMemory,
         whole: bool,
     ) -> Option<bool> {
-        if m.primary_controls() & USE_MSR_BITMAPS == 0 {
+        if m.primary_controls() & MSR_BITMAPS == 0 {
             return Some(false);
         }
         let (bitmap, _) = self.msr_bitmaps()?;
@@ -322,7 +327,7 @@ impl Vcpu {
         }
         let x2apic = X2apic {
             registers: secondary & APIC_REGISTER_VIRT != 0,
-            delivery: secondary & VIRTUAL_INTR_DELIVERY != 0,
+            delivery: secondary & INTERRUPT_DELIVERY != 0,
         };
         for n in 0..X2APIC_WORDS {
             f(
@@ -346,9 +351,9 @@ impl Vcpu {
     pub(crate) unsafe fn use_msr_bitmap(self, used: bool) {
         let was = read!(self, nested.vmcs02.controls_shadow.exec);
         let now = if used {
-            was | USE_MSR_BITMAPS
+            was | MSR_BITMAPS
         } else {
-            was & !USE_MSR_BITMAPS
+            was & !MSR_BITMAPS
         };
         if now != was {
             // SAFETY: By this function's contract; as exec_controls_setbit() and exec_controls_clearbit() do.
@@ -379,7 +384,7 @@ pub(crate) struct MsrBitmap([(usize, u64); MERGED_WORDS + X2APIC_WORDS + 1]);
 impl MsrBitmap {
     /// What `merge_msr_bitmap` would write now; `None` if it would write nothing.
     pub(crate) fn merge(vcpu: Vcpu, m: Vmcs12, memory: &mut GuestMemory) -> Option<Self> {
-        if m.primary_controls() & USE_MSR_BITMAPS == 0 {
+        if m.primary_controls() & MSR_BITMAPS == 0 {
             return None;
         }
         let mut words = [(0, 0); MERGED_WORDS + X2APIC_WORDS + 1];

@@ -9,13 +9,12 @@ use super::{
     vcpu::read,
     vmx, Vcpu, Vmcs12,
 };
+use crate::policy::registers::EFER_LMA;
 
 /// VMX_AR_L_MASK: 64-bit code.
 const AR_L: u64 = 1 << 13;
 /// VMX_AR_DPL of SS, the privilege level.
 const AR_DPL: u64 = 3 << 5;
-/// EFER_LMA.
-const EFER_LMA: u64 = 1 << 10;
 /// In the instruction information (SDM table 29-14): the operand is a register, its number from bit 3 on.
 const TO_REGISTER: u64 = 1 << 10;
 const REGISTER: u32 = 3;

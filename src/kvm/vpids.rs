@@ -3,11 +3,8 @@
 //!
 //! KVM has two for a vCPU: `vmx->vpid` for L1, and for an L2 to which L1 gives none; `nested.vpid02` for an L2 to which L1 gives one.
 
-use super::{
-    controls::ENABLE_VPID, fields::encoding::VIRTUAL_PROCESSOR_ID, vcpu::read, vmcs12::field, vmx,
-    Vcpu, Vmcs12,
-};
-use crate::hook::CallId;
+use super::{fields::encoding::VIRTUAL_PROCESSOR_ID, vcpu::read, vmcs12::field, vmx, Vcpu, Vmcs12};
+use crate::{hook::CallId, policy::controls::secondary::VPID};
 use core::sync::atomic::{AtomicU32, Ordering};
 
 /// IA32_VMX_EPT_VPID_CAP (SDM appendix A.10).
@@ -28,7 +25,7 @@ impl Vmcs12 {
     /// `nested_cpu_has_vpid()`.
     #[inline(always)]
     fn has_vpid(self) -> bool {
-        self.secondary_controls() & ENABLE_VPID != 0
+        self.secondary_controls() & VPID != 0
     }
 }
 

@@ -20,6 +20,7 @@ use crate::{
     kvm::{guest_memory::read_host_u64, nested::Header, vmcs12::field, Vcpu, Vmcs12},
     layout,
     policy::{
+        controls::primary::TPR_SHADOW,
         mode::Mode,
         segments::Inputs as SegmentInputs,
         ways::{Ways, NO_KEY},
@@ -158,8 +159,6 @@ macro_rules! inputs {
     };
 }
 
-/// CPU_BASED_TPR_SHADOW (SDM table 26-6).
-const TPR_SHADOW: u64 = 1 << 21;
 /// INTR_INFO_VALID_MASK (SDM table 26-17).
 const INTR_INFO_VALID: u64 = 1 << 31;
 /// INVALID_GPA: "no shadow VMCS" in the VMCS link pointer.
@@ -173,7 +172,7 @@ inputs! {
     usual |now, vcpu| {
         now.vm_entry_intr_info_field & INTR_INFO_VALID == 0
             && !vcpu.enlightened_vmcs()
-            && (now.cpu_based_vm_exec_control & TPR_SHADOW == 0
+            && (now.cpu_based_vm_exec_control & u64::from(TPR_SHADOW) == 0
                 || !WARN_ON_MISSED_CC.load(Ordering::Relaxed))
     },
     {

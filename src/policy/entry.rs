@@ -2,6 +2,24 @@
 //! What an L2 in 64-bit mode is entered with (SDM volume 3, 27.3.2: loading guest state), and the controls that KVM merges
 //! out of L1's wishes and its own.
 
+use super::{
+    controls::{
+        pin::{POSTED_INTERRUPTS, PREEMPTION_TIMER},
+        primary::{
+            CR8_EXITING, INTERRUPT_WINDOW, IO_BITMAPS, MSR_BITMAPS, NMI_WINDOW, TPR_SHADOW,
+            UNCONDITIONAL_IO,
+        },
+        secondary::{
+            APIC_REGISTER_VIRT, DESCRIPTOR_TABLES, ENCLS, INTERRUPT_DELIVERY, INVPCID, MBEC, PML,
+            RDTSCP, TSC_SCALING, UNRESTRICTED_GUEST, USER_WAIT, VIRTUALIZE_APIC_ACCESSES,
+            VIRTUALIZE_X2APIC, VMCS_SHADOWING, VM_FUNCTIONS, XSAVES,
+        },
+        vm_entry::{IA32E_MODE, LOAD_CET, LOAD_EFER, LOAD_PERF_GLOBAL_CTRL},
+        vm_exit,
+    },
+    registers::{CR4_PAE, LONG_MODE, PROTECTED_AND_PAGED, RFLAGS_VM},
+};
+
 /// The VM-execution, VM-entry and VM-exit controls of one VMCS (SDM volume 3, 25.6 to 25.8).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Controls {
@@ -17,88 +35,21 @@ pub struct Controls {
     pub exit: u32,
 }
 
-/// Pin-based: activate the VMX-preemption timer, which KVM emulates for L1.
-pub const PREEMPTION_TIMER: u32 = 1 << 6;
-/// Pin-based: process posted interrupts.
-pub const POSTED_INTERRUPTS: u32 = 1 << 7;
-
-/// Primary: interrupt-window exiting.
-pub const INTERRUPT_WINDOW: u32 = 1 << 2;
-/// Primary: use TSC offsetting.
-pub const TSC_OFFSETTING: u32 = 1 << 3;
-/// Primary: CR8-load exiting and CR8-store exiting.
-const CR8_EXITING: u32 = 3 << 19;
-/// Primary: use TPR shadow.
-pub const TPR_SHADOW: u32 = 1 << 21;
-/// Primary: NMI-window exiting.
-pub const NMI_WINDOW: u32 = 1 << 22;
-/// Primary: unconditional I/O exiting.
-const UNCONDITIONAL_IO: u32 = 1 << 24;
-/// Primary: use I/O bitmaps.
-const IO_BITMAPS: u32 = 1 << 25;
-/// Primary: use MSR bitmaps.
-const MSR_BITMAPS: u32 = 1 << 28;
-
-/// Secondary: enable EPT.
-pub const EPT: u32 = 1 << 1;
-/// Secondary: descriptor-table exiting, with which KVM emulates CR4.UMIP where the processor lacks it.
-const DESCRIPTOR_TABLES: u32 = 1 << 2;
-/// Secondary: enable VPID.
-pub const VPID: u32 = 1 << 5;
-/// Secondary: unrestricted guest.
-pub const UNRESTRICTED_GUEST: u32 = 1 << 7;
-/// Secondary: virtual-interrupt delivery.
-pub const INTERRUPT_DELIVERY: u32 = 1 << 9;
-/// Secondary: VMCS shadowing.
-const VMCS_SHADOWING: u32 = 1 << 14;
-/// Secondary: ENCLS exiting.
-const ENCLS: u32 = 1 << 15;
-/// Secondary: enable page-modification logging.
-const PML: u32 = 1 << 17;
-/// Secondary: mode-based execute control for EPT.
-pub const MBEC: u32 = 1 << 22;
-/// Secondary: use TSC scaling.
-pub const TSC_SCALING: u32 = 1 << 25;
-/// Secondary controls that KVM takes from vmcs12 alone: virtualize APIC accesses, descriptor tables, RDTSCP, virtualize
-/// x2APIC mode, APIC-register virtualization, virtual-interrupt delivery, INVPCID, VM functions, XSAVES, mode-based execute
-/// control, user wait and pause.
-const L1_ALONE: u32 = 1 << 0
+/// Secondary controls that KVM takes from vmcs12 alone.
+const L1_ALONE: u32 = VIRTUALIZE_APIC_ACCESSES
     | DESCRIPTOR_TABLES
-    | 1 << 3
-    | 1 << 4
-    | 1 << 8
+    | RDTSCP
+    | VIRTUALIZE_X2APIC
+    | APIC_REGISTER_VIRT
     | INTERRUPT_DELIVERY
-    | 1 << 12
-    | 1 << 13
-    | 1 << 20
+    | INVPCID
+    | VM_FUNCTIONS
+    | XSAVES
     | MBEC
-    | 1 << 26;
+    | USER_WAIT;
 
-/// Entry: load debug controls.
-pub const LOAD_DEBUG: u32 = 1 << 2;
-/// Entry: IA-32e mode guest.
-const IA32E_MODE: u32 = 1 << 9;
-/// Entry: load IA32_PERF_GLOBAL_CTRL.
-const LOAD_PERF_GLOBAL_CTRL: u32 = 1 << 13;
-/// Entry: load IA32_PAT.
-pub const LOAD_PAT: u32 = 1 << 14;
-/// Entry: load IA32_EFER.
-const LOAD_EFER: u32 = 1 << 15;
-/// Entry: load IA32_BNDCFGS.
-pub const LOAD_BNDCFGS: u32 = 1 << 16;
-/// Entry: load CET state.
-const LOAD_CET: u32 = 1 << 20;
-
-/// CR0.PE and CR0.PG.
-const PROTECTED_AND_PAGED: u64 = 1 << 0 | 1 << 31;
-/// CR4.PAE.
-const PAE: u64 = 1 << 5;
-/// EFER.LME and EFER.LMA.
-const LONG_MODE: u64 = 1 << 8 | 1 << 10;
 /// A TSC multiplier that changes nothing: the number has 48 fractional bits.
 const UNSCALED: u64 = 1 << 48;
-/// RFLAGS.VM.
-const RFLAGS_VM: u64 = 1 << 17;
 
 /// What decides how L2 is entered: fields of vmcs12, and of L1 its EFER.
 #[derive(Clone, Copy, Debug)]
@@ -145,7 +96,7 @@ impl Inputs {
             && efer & LONG_MODE == LONG_MODE
             && self.l1_efer & LONG_MODE == LONG_MODE
             && self.cr0 & PROTECTED_AND_PAGED == PROTECTED_AND_PAGED
-            && self.cr4 & PAE != 0
+            && self.cr4 & CR4_PAE != 0
             && self.rflags & RFLAGS_VM == 0
             && self.dr7 >> 32 == 0
             && (self.wanted.pin & PREEMPTION_TIMER == 0 || self.timer != 0);
@@ -192,7 +143,7 @@ impl Controls {
             primary,
             secondary,
             entry: (self.entry | wanted.entry & !LOAD_PERF_GLOBAL_CTRL) & !(IA32E_MODE | LOAD_EFER),
-            exit: self.exit & !(1 << 21),
+            exit: self.exit & !vm_exit::LOAD_EFER,
         })
     }
 }

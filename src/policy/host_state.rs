@@ -1,25 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The state that L1 finds after an exit of L2 (SDM volume 3, 28.5: loading host state), for an L1 in 64-bit mode.
 
-/// VM-exit control: load IA32_PERF_GLOBAL_CTRL.
-const LOAD_PERF_GLOBAL_CTRL: u64 = 1 << 12;
-/// VM-exit control: host address-space size.
-const HOST_ADDRESS_SPACE_SIZE: u64 = 1 << 9;
-/// VM-exit control: load IA32_PAT.
-const LOAD_PAT: u64 = 1 << 19;
-/// VM-exit control: load IA32_EFER.
-const LOAD_EFER: u64 = 1 << 21;
-/// VM-exit control: clear IA32_BNDCFGS.
-const CLEAR_BNDCFGS: u64 = 1 << 23;
-/// VM-exit control: load CET state.
-const LOAD_CET_STATE: u64 = 1 << 28;
-
-/// EFER.LME and EFER.LMA.
-const LONG_MODE: u64 = 1 << 8 | 1 << 10;
-/// CR0.PE and CR0.PG.
-const PROTECTED_AND_PAGED: u64 = 1 << 0 | 1 << 31;
-/// CR4.PAE.
-const PAE: u64 = 1 << 5;
+use super::{
+    controls::vm_exit::{
+        CLEAR_BNDCFGS, HOST_ADDRESS_SPACE_SIZE, LOAD_CET, LOAD_EFER, LOAD_PAT,
+        LOAD_PERF_GLOBAL_CTRL,
+    },
+    registers::{CR4_PAE, LONG_MODE, PROTECTED_AND_PAGED},
+};
 
 /// RFLAGS after an exit.
 pub const RFLAGS: u64 = 2;
@@ -61,24 +49,25 @@ impl Inputs {
     /// performance counters.
     #[inline(always)]
     pub const fn plan(&self) -> Option<Plan> {
-        const STOCK: u64 = LOAD_PERF_GLOBAL_CTRL | LOAD_CET_STATE;
-        let efer = if self.controls & LOAD_EFER != 0 {
+        const STOCK: u64 = (LOAD_PERF_GLOBAL_CTRL | LOAD_CET) as u64;
+        const LONG: u64 = HOST_ADDRESS_SPACE_SIZE as u64;
+        let efer = if self.controls & LOAD_EFER as u64 != 0 {
             self.efer
         } else {
             self.guest_efer | LONG_MODE
         };
-        let plain = self.controls & (STOCK | HOST_ADDRESS_SPACE_SIZE) == HOST_ADDRESS_SPACE_SIZE
+        let plain = self.controls & (STOCK | LONG) == LONG
             && self.msr_count == 0
             && efer & LONG_MODE == LONG_MODE
             && self.cr0 & PROTECTED_AND_PAGED == PROTECTED_AND_PAGED
-            && self.cr4 & PAE != 0;
+            && self.cr4 & CR4_PAE != 0;
         if !plain {
             return None;
         }
         Some(Plan {
             efer,
-            load_pat: self.controls & LOAD_PAT != 0,
-            clear_bndcfgs: self.controls & CLEAR_BNDCFGS != 0,
+            load_pat: self.controls & LOAD_PAT as u64 != 0,
+            clear_bndcfgs: self.controls & CLEAR_BNDCFGS as u64 != 0,
         })
     }
 }

@@ -4,6 +4,7 @@
 
 pub mod ahead;
 pub mod btf;
+pub mod controls;
 pub mod detour;
 pub mod entry;
 pub mod ept;
@@ -16,6 +17,7 @@ pub mod msr_bitmap;
 pub mod operand;
 pub mod page_copy;
 pub mod reach;
+pub mod registers;
 pub mod role;
 pub mod segments;
 pub mod set;

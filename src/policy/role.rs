@@ -2,30 +2,11 @@
 //! What KVM's `kvm_init_mmu()` looks at, as one word: the paging mode of the guest, which of the two
 //! guests it is, and whether L1's EPT is in between.
 
-/// CR0.WP: supervisor writes heed read-only pages.
-const CR0_WP: u64 = 1 << 16;
-/// CR0.PG: paging.
-const CR0_PG: u64 = 1 << 31;
-/// CR4.PSE: 4-MiB pages in 32-bit paging; KVM's role has it in every mode.
-const CR4_PSE: u64 = 1 << 4;
-/// CR4.PAE.
-const CR4_PAE: u64 = 1 << 5;
-/// CR4.LA57: five levels.
-const CR4_LA57: u64 = 1 << 12;
-/// CR4.SMEP.
-const CR4_SMEP: u64 = 1 << 20;
-/// CR4.SMAP.
-const CR4_SMAP: u64 = 1 << 21;
-/// CR4.PKE.
-const CR4_PKE: u64 = 1 << 22;
-/// IA32_EFER.LMA.
-const EFER_LMA: u64 = 1 << 10;
-/// IA32_EFER.NXE.
-const EFER_NX: u64 = 1 << 11;
-/// KVM's HF_GUEST_MASK: L2 runs.
-const HF_GUEST: u64 = 1 << 0;
-/// KVM's HF_SMM_MASK.
-const HF_SMM: u64 = 1 << 1;
+use super::registers::{
+    CR0_PG, CR0_WP, CR4_LA57, CR4_PAE, CR4_PKE, CR4_PSE, CR4_SMAP, CR4_SMEP, EFER_LMA, EFER_NX,
+    HF_GUEST, HF_SMM,
+};
+
 /// Ours: L1's EPT translates what the guest's paging yields. No other bit of the word is here.
 const NESTED: u64 = 1 << 2;
 

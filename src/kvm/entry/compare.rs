@@ -36,7 +36,7 @@ impl Vcpu {
             check(
                 but(
                     (*shadow).exec ^ e.controls.primary,
-                    TPR_SHADOW | USE_MSR_BITMAPS,
+                    TPR_SHADOW | MSR_BITMAPS,
                 ) == 0,
                 CPU_BASED_VM_EXEC_CONTROL,
             );

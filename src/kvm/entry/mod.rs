@@ -7,47 +7,41 @@ mod rare;
 pub(crate) use rare::prepare;
 
 use super::{
-    controls::USE_MSR_BITMAPS, fields::encoding::*, vcpu::read, vmcs12::field, vmx, Vcpu, Vmcs12,
+    efer::{ENTRY_CONTROLS as EFER_ENTRY, EXIT_CONTROLS as EFER_EXIT},
+    fields::encoding::*,
+    vcpu::{read, BP_ENABLED},
+    vmcs12::field,
+    vmx, Vcpu, Vmcs12,
 };
 use crate::{
     bindings,
     hook::CallId,
     policy::{
-        entry::{
-            self, Controls, Inputs, EPT, INTERRUPT_DELIVERY, INTERRUPT_WINDOW, LOAD_BNDCFGS,
-            LOAD_DEBUG, LOAD_PAT, MBEC, NMI_WINDOW, POSTED_INTERRUPTS, PREEMPTION_TIMER,
-            TPR_SHADOW, TSC_OFFSETTING, TSC_SCALING, UNRESTRICTED_GUEST, VPID,
+        controls::{
+            pin::{POSTED_INTERRUPTS, PREEMPTION_TIMER},
+            primary::{
+                CR3_LOAD_EXITING, INTERRUPT_WINDOW, MSR_BITMAPS, NMI_WINDOW, TPR_SHADOW,
+                TSC_OFFSETTING,
+            },
+            secondary::{EPT, INTERRUPT_DELIVERY, MBEC, TSC_SCALING, UNRESTRICTED_GUEST, VPID},
+            vm_entry::{LOAD_BNDCFGS, LOAD_DEBUG, LOAD_PAT},
         },
+        entry::{self, Controls, Inputs},
         host_state::DR7,
+        registers::{CR0_PG, CR4_IN_CPUID, CR4_UMIP, HF_GUEST},
         role::Key,
     },
 };
 use core::sync::atomic::Ordering;
 
-/// CR0.PG.
-const CR0_PG: u64 = 1 << 31;
-/// CR4.UMIP.
-const CR4_UMIP: u64 = 1 << 11;
-/// CR4.OSXSAVE and CR4.PKE, which CPUID shows.
-const CR4_IN_CPUID: u64 = 1 << 18 | 1 << 22;
-/// CPU_BASED_CR3_LOAD_EXITING.
-const CR3_LOAD_EXITING: u32 = 1 << 15;
 /// DR7_BP_EN_MASK: the breakpoints' enable bits.
 const BREAKPOINTS: u64 = 0xff;
 /// DR7_VOLATILE.
 const DR7_VOLATILE: u64 = 0xffff_2bff;
-/// KVM_DEBUGREG_BP_ENABLED.
-const BP_ENABLED: u32 = 1;
 /// GUEST_INTR_STATE_NMI: NMIs are blocked.
 const BLOCKED_NMI: u64 = 1 << 3;
-/// HF_GUEST_MASK.
-const HF_GUEST: u64 = 1 << 0;
 /// KVM_NESTED_RUN_PENDING: L1 has executed VMLAUNCH or VMRESUME; user space has not touched anything since.
 const RUN_PENDING: u8 = 1;
-/// The entry controls that vmx_set_efer() makes: IA-32e mode guest, load IA32_EFER.
-const EFER_ENTRY: u32 = 1 << 9 | 1 << 15;
-/// The exit control that vmx_set_efer() makes: load IA32_EFER.
-const EFER_EXIT: u32 = 1 << 21;
 /// What of EPTP the role of the guest's MMU follows from: the length of the walk, and accessed and dirty flags.
 const EPTP_MODE: u64 = 0x7f;
 /// Shift of the preemption timer's units against the TSC's, VMX_MISC_EMULATED_PREEMPTION_TIMER_RATE.
@@ -289,7 +283,7 @@ impl Vcpu {
 
     /// Whether vmcs02 gets a bitmap of MSRs, L1's being in memory.
     pub(crate) fn uses_msr_bitmap(self, m: Vmcs12) -> bool {
-        m.primary_controls() & USE_MSR_BITMAPS != 0
+        m.primary_controls() & MSR_BITMAPS != 0
     }
 
     /// Everything that the mode of the guest's MMU follows from and that L1 can change (`nested_ept_new_eptp()`); 0 without

@@ -3,11 +3,8 @@
 //! (`dirty_vmcs12`): prepare_vmcs02_early_rare() and prepare_vmcs02_rare().
 
 use super::*;
-use crate::layout;
+use crate::{layout, policy::controls::secondary::XSAVES};
 use core::sync::atomic::AtomicBool;
-
-/// SECONDARY_EXEC_ENABLE_XSAVES.
-const XSAVES: u32 = 1 << 20;
 
 /// KVM gives L2 VPIDs, and has no page fault of a guest's exit for its own purposes (`vmx_need_pf_intercept()`).
 static ABLE: AtomicBool = AtomicBool::new(false);

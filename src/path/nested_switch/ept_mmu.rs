@@ -10,7 +10,7 @@ use super::{mismatch, takes_detour, Memory as All, Reason, NUMBER};
 use crate::{
     kvm::{mmu::EptState, Vcpu},
     path::{CounterSet, Counters, Local},
-    policy::{entry::MBEC, mode::Mode},
+    policy::{controls::secondary::MBEC, mode::Mode},
 };
 use core::sync::atomic::AtomicBool;
 use kernel::prelude::*;
