@@ -8,7 +8,10 @@ use super::{guest_memory::PAGE, mmu_lock, vcpu::read, vmx, Vcpu};
 use crate::{
     bindings,
     hook::CallId,
-    policy::{ept::Rights, registers::HF_SMM},
+    policy::{
+        ept::{Rights, ACCESSED},
+        registers::HF_SMM,
+    },
 };
 use core::{
     marker::PhantomData,
@@ -17,12 +20,12 @@ use core::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
+pub(super) use crate::policy::ept::ADDRESS;
+
 /// Entries in a table.
 pub(crate) const ENTRIES: usize = 512;
 /// Most pages that kvm_mmu_prefetch_sptes() takes at once (`PTE_PREFETCH_NUM`).
 pub(crate) const PREFETCH: usize = 8;
-/// Bits 51:12, the physical address in an entry of EPT (SDM volume 3, table 30-7).
-pub(crate) const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
 /// An entry that leads somewhere (`SPTE_MMU_PRESENT_MASK`).
 pub(super) const PRESENT: u64 = bindings::MTK_SPTE_PRESENT as u64;
@@ -30,8 +33,6 @@ pub(super) const PRESENT: u64 = bindings::MTK_SPTE_PRESENT as u64;
 pub(super) const HUGE: u64 = bindings::MTK_SPTE_HUGE as u64;
 /// An entry that KVM has emptied (`SHADOW_NONPRESENT_VALUE`).
 const NONPRESENT: u64 = bindings::MTK_SPTE_NONPRESENT as u64;
-/// Bit 8 of an entry, accessed (SDM volume 3, 30.3.5).
-const ACCESSED: u64 = 1 << 8;
 const LEVEL_BITS: u32 = 9;
 const PAGE_SHIFT: u32 = 12;
 

@@ -5,15 +5,9 @@ use super::{ept02::PageFault, guest_memory, host_pages::Pages, vcpu::read, Vcpu}
 use crate::{
     bindings,
     hook::CallId,
-    policy::{
-        ept::{self, Step},
-        reach::ADDRESS,
-    },
+    policy::ept::{self, Step, ADDRESS, EPTP_FLAGS},
 };
 use core::mem::MaybeUninit;
-
-/// Bit 6 of EPTP: accessed and dirty flags are on (SDM volume 3, 26.6.11). Bits 5:3 are the number of levels, less one.
-const FLAGS_ON: u64 = 1 << 6;
 
 /// A fault of L2 that KVM has told L1 of, to be asked for again when L1 has resumed L2.
 #[derive(Clone, Copy)]
@@ -76,8 +70,9 @@ impl Vcpu {
 
     /// Frame of L1's memory that EPT12 has for an address of L2, where a walk for such an access sets no flag.
     fn frame_of(self, eptp: u64, gpa: u64, write: bool) -> Option<u64> {
+        // Bits 5:3 are the number of levels, less one.
         let levels = (eptp >> 3 & 7) as u32 + 1;
-        if eptp & FLAGS_ON == 0 || !(4..=5).contains(&levels) {
+        if eptp & EPTP_FLAGS == 0 || !(4..=5).contains(&levels) {
             return None;
         }
         let mut table = eptp & ADDRESS;

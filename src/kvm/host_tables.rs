@@ -10,7 +10,10 @@
 use super::{host_pages::BATCH, vmx};
 use crate::{
     bindings,
-    policy::registers::{CR4_LA57, CR4_PKE, RFLAGS_IF},
+    policy::{
+        operand::{ADDRESS, LARGE},
+        registers::{CR4_LA57, CR4_PKE, RFLAGS_IF},
+    },
 };
 use core::{
     arch::asm,
@@ -23,11 +26,8 @@ use core::{
 const ENTRIES: usize = 512;
 /// Bits of an entry (SDM volume 3, table 5-20): present, writable, for user space.
 const NEEDED: u64 = 0b111;
-/// A large page, above the last level.
-const LARGE: u64 = 1 << 7;
 /// What must not be set at the last level: `_PAGE_SPECIAL`, a frame without a `struct page` of its own, and a protection key.
 const UNFIT: u64 = bindings::MTK_PTE_SPECIAL as u64 | 0xf << 59;
-const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
 /// A page of the kernel's (`struct page`), as far as it is read here: a page's flags are its first word, and the second, in its lowest
 /// bit, says whether it is a part of a larger one (a *tail*).

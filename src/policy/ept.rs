@@ -1,14 +1,27 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What an entry of EPT12 for a page of 4 KiB lets EPT02 have (SDM volume 3, 30.3.2 and table 30-7).
 
-/// Bits of an entry.
-const READ: u64 = 1 << 0;
-const WRITE: u64 = 1 << 1;
-const EXEC: u64 = 1 << 2;
-const ACCESSED: u64 = 1 << 8;
-const DIRTY: u64 = 1 << 9;
-const USER_EXEC: u64 = 1 << 10;
-const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+/// Bits of an entry, in EPT02 as in EPT12: data may be read.
+pub const READ: u64 = 1 << 0;
+/// Data may be written.
+pub const WRITE: u64 = 1 << 1;
+/// Code may be run; with mode-based execute control, a supervisor's.
+pub const EXEC: u64 = 1 << 2;
+/// Bits 5:3, the memory type of a page.
+pub const MEMORY_TYPE: u64 = 7 << 3;
+/// A large page, above the last level.
+pub const LARGE: u64 = 1 << 7;
+/// Accessed (30.3.5).
+pub const ACCESSED: u64 = 1 << 8;
+/// Dirty.
+pub const DIRTY: u64 = 1 << 9;
+/// A user's code may be run, with mode-based execute control.
+pub const USER_EXEC: u64 = 1 << 10;
+/// Bits 51:12, the physical address.
+pub const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+
+/// Bit 6 of EPTP: accessed and dirty flags are on (26.6.11).
+pub const EPTP_FLAGS: u64 = 1 << 6;
 
 /// The numbers that KVM has for rights (`ACC_…_MASK`).
 #[derive(Clone, Copy, Debug)]
@@ -94,7 +107,6 @@ pub enum Step {
 /// This is about flags alone. Whether the entry grants the access, and is one at all, is for who follows it to say.
 #[inline]
 pub fn step(entry: u64, level: u32, write: bool) -> Option<Step> {
-    const LARGE: u64 = 1 << 7;
     if entry & (READ | WRITE | EXEC) == 0 || entry & ACCESSED == 0 {
         return None;
     }

@@ -7,11 +7,12 @@
 //! code, which knows all of it and which fault it makes.
 
 /// Bits 51:12 of a paging-structure entry: a physical address (SDM volume 3, table 5-20).
-const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+pub const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 const PRESENT: u64 = 1 << 0;
 const USER: u64 = 1 << 2;
 const ACCESSED: u64 = 1 << 5;
-const LARGE: u64 = 1 << 7;
+/// A large page, above the last level.
+pub const LARGE: u64 = 1 << 7;
 /// Bits that are reserved in an entry that maps a 2-MByte page.
 const LARGE_RESERVED: u64 = 0x001f_e000;
 /// Bit 63: no instruction fetches. Reserved unless IA32_EFER.NXE is set.

@@ -6,19 +6,9 @@
 //! names, with no more rights than have come down to it. So if every table passes, no way from the root reaches a
 //! page that EPT12 does not give on the same way.
 
-use super::ept::Rights;
-
-const READ: u64 = 1 << 0;
-const WRITE: u64 = 1 << 1;
-const EXEC: u64 = 1 << 2;
-/// Bits 5:3, the memory type of a page.
-const MEMORY_TYPE: u64 = 7 << 3;
-const LARGE: u64 = 1 << 7;
-const ACCESSED: u64 = 1 << 8;
-const DIRTY: u64 = 1 << 9;
-const USER_EXEC: u64 = 1 << 10;
-/// Bits 51:12, the address in an entry of EPT02 as of EPT12.
-pub const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+use super::ept::{
+    Rights, ACCESSED, ADDRESS, DIRTY, EXEC, LARGE, MEMORY_TYPE, READ, USER_EXEC, WRITE,
+};
 
 /// A table of EPT12 as KVM shadows it.
 #[derive(Clone, Copy, Debug)]

@@ -3,7 +3,7 @@
 //! field has, that is not zero anywhere, and that every processor keeps.
 
 /// Bits of access rights that are not reserved (SDM volume 3, table 26-2). KVM drops the others on VMWRITE.
-const ACCESS_RIGHTS: u64 = 0x1_f0ff;
+pub const ACCESS_RIGHTS: u64 = 0x1_f0ff;
 
 /// The value for the field with this number in one of two rounds, as wide as the field (2, 4 or 8 bytes).
 ///

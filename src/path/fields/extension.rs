@@ -14,7 +14,7 @@ use crate::{
         },
         vmx, Vcpu,
     },
-    policy::set::Set,
+    policy::{set::Set, trial::ACCESS_RIGHTS},
 };
 use kernel::{new_spinlock, prelude::*, sync::SpinLock};
 use pin_init::{init_from_closure, Init};
@@ -60,7 +60,7 @@ pub(in crate::path) unsafe fn drops_reserved() -> bool {
     // SAFETY: By this function's contract.
     unsafe {
         vmx::vmwrite(GUEST_ES_AR_BYTES, u64::from(u32::MAX))
-            && vmx::vmread(GUEST_ES_AR_BYTES) == Some(0x1f0ff)
+            && vmx::vmread(GUEST_ES_AR_BYTES) == Some(ACCESS_RIGHTS)
     }
 }
 

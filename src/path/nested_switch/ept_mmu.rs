@@ -10,16 +10,14 @@ use super::{mismatch, takes_detour, Memory as All, Reason, NUMBER};
 use crate::{
     kvm::{mmu::EptState, Vcpu},
     path::{CounterSet, Counters, Local},
-    policy::{controls::secondary::MBEC, mode::Mode},
+    policy::{controls::secondary::MBEC, ept::EPTP_FLAGS, mode::Mode},
 };
 use core::sync::atomic::AtomicBool;
 use kernel::prelude::*;
 
 /// How many are kept.
 const PLACES: usize = 4;
-/// In a mode (`Vcpu::ept_mode`): bit 6 of the EPT pointer, accessed and dirty flags.
-const ACCESSED_DIRTY: u64 = 1 << 6;
-/// Mode-based execute control.
+/// Mode-based execute control in a mode (`Vcpu::ept_mode`), which has the low bits of the EPT pointer as well.
 const MODE_BASED: u64 = (MBEC as u64) << 8;
 
 #[derive(Clone, Copy)]
@@ -33,7 +31,7 @@ pub(super) struct Memory([Known; PLACES]);
 
 /// The place of a mode.
 fn place(mode: u64) -> usize {
-    usize::from(mode & ACCESSED_DIRTY != 0) | usize::from(mode & MODE_BASED != 0) << 1
+    usize::from(mode & EPTP_FLAGS != 0) | usize::from(mode & MODE_BASED != 0) << 1
 }
 
 /// The mode of the current vmcs12; `None` without EPT.

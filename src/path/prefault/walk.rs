@@ -21,6 +21,7 @@ use crate::{
     path::CounterSet,
     policy::{
         detour::Rate,
+        ept::ADDRESS,
         mode::Mode,
         reach::{self, Place, Slot, Target, Wrong},
     },
@@ -166,7 +167,7 @@ fn judge_page(
         };
         match there {
             None => out.unjudged += 1,
-            Some(frame) if frame == (entry & reach::ADDRESS) >> 12 | ahead => out.frames += 1,
+            Some(frame) if frame == (entry & ADDRESS) >> 12 | ahead => out.frames += 1,
             Some(_) => return Err(Wrong::OtherPage),
         }
         if frames == 1 {
