@@ -26,6 +26,7 @@ pub(super) mod extension;
 mod knobs;
 pub(super) mod lists;
 mod memory;
+mod shadow;
 
 pub(crate) use knobs::init;
 pub(crate) use memory::{Memory, Shared};
