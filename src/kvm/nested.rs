@@ -215,7 +215,7 @@ impl Vcpu {
         }
     }
 
-    /// `nested_vmx_succeed()`: VMsucceed (SDM volume 3, 31.2), and on to the next instruction. Returns what
+    /// `nested_vmx_succeed()`: VMsucceed (SDM volume 3, 32.2), and on to the next instruction. Returns what
     /// the handler of the exit has to return; `None` if KVM's functions are missing.
     ///
     /// Must not be called within `state::with`: a hooked function is among those that KVM calls here.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! VMX instructions (SDM volume 3, chapter 31).
+//! VMX instructions (SDM volume 3, chapter 32).
 
 use crate::bindings;
 use core::{

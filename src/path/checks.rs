@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Checks remembered: on each VMLAUNCH and VMRESUME of L1, KVM checks the controls, the host state
-//! and the guest state of vmcs12 (SDM volume 3, 27.2 and 27.3). When everything that a check reads
+//! and the guest state of vmcs12 (SDM volume 3, 28.2 and 28.3). When everything that a check reads
 //! is as it was when the check last passed, it passes again, and this path says so without running
 //! it. A check that failed is never remembered: the stock code makes the failure.
 //!

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What an L2 in 64-bit mode is entered with (SDM volume 3, 27.3.2: loading guest state), and the controls that KVM merges
+//! What an L2 in 64-bit mode is entered with (SDM volume 3, 28.3.2: loading guest state), and the controls that KVM merges
 //! out of L1's wishes and its own.
 
 use super::{
@@ -20,7 +20,7 @@ use super::{
     registers::{CR4_PAE, LONG_MODE, PROTECTED_AND_PAGED, RFLAGS_VM},
 };
 
-/// The VM-execution, VM-entry and VM-exit controls of one VMCS (SDM volume 3, 25.6 to 25.8).
+/// The VM-execution, VM-entry and VM-exit controls of one VMCS (SDM volume 3, 26.6 to 26.8).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Controls {
     /// Pin-based.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The state that L1 finds after an exit of L2 (SDM volume 3, 28.5: loading host state), for an L1 in 64-bit mode.
+//! The state that L1 finds after an exit of L2 (SDM volume 3, 29.5: loading host state), for an L1 in 64-bit mode.
 
 use super::{
     controls::vm_exit::{
@@ -72,7 +72,7 @@ impl Inputs {
     }
 }
 
-/// Access rights of a segment in the VMCS's format (SDM table 25-2).
+/// Access rights of a segment in the VMCS's format (SDM table 26-2).
 const fn rights(kind: u64, system: bool, long: bool, big: bool, pages: bool) -> u64 {
     const PRESENT: u64 = 1 << 7;
     kind | PRESENT

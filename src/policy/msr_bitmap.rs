@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Which accesses to MSRs by L2 may pass without an exit (SDM volume 3, 25.6.9): what KVM lets L1 decide.
+//! Which accesses to MSRs by L2 may pass without an exit (SDM volume 3, 26.6.9): what KVM lets L1 decide.
 //!
 //! As `nested_vmx_prepare_msr_bitmap()`: for a few MSRs an access passes if both L1 and KVM, which has vmcs01's bitmap
 //! for it, let it; for three registers of the local APIC, and all reads of its registers, L1's word is enough where

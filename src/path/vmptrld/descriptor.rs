@@ -13,7 +13,7 @@ use crate::{
 use core::sync::atomic::{AtomicBool, Ordering};
 use kernel::prelude::*;
 
-/// Bytes of a descriptor (SDM volume 3, 31.3); nothing else that this function reads for a hypervisor is as long.
+/// Bytes of a descriptor (SDM volume 3, 32.3); nothing else that this function reads for a hypervisor is as long.
 const LEN: u32 = 16;
 /// X86EMUL_CONTINUE: it was read.
 const READ: usize = 0;
