@@ -3,8 +3,9 @@
 //!
 //! Only faults that follow on one another count: each doubles the number, any other fault starts anew with none.
 //! So a guest that touches its memory in any other order never pays for pages that it does not want. Where the VMM
-//! turns out not to have populated the next page, some faults are left alone before it is looked for again: twice as
-//! many each time, up to [`LONGEST`].
+//! turns out not to have populated the next page, some faults are left alone before it is looked for again (`pause`).
+
+use super::pause::Pause;
 
 /// Entries in a table.
 const TABLE: u64 = 512;
@@ -12,8 +13,6 @@ const TABLE: u64 = 512;
 const MAX: u8 = 7;
 /// Most pages at once.
 pub const MOST: u16 = (1 << MAX) - 1;
-/// Most faults that are left alone after pages were missed.
-pub const LONGEST: u16 = 16;
 
 /// What is known about a vCPU's faults.
 #[derive(Debug)]
@@ -22,9 +21,7 @@ pub struct Ahead {
     next: u64,
     log2: u8,
     /// Faults to leave alone.
-    idle: u16,
-    /// How many were left alone last.
-    idled: u16,
+    pause: Pause,
 }
 
 impl Default for Ahead {
@@ -39,8 +36,7 @@ impl Ahead {
         Self {
             next: u64::MAX,
             log2: 0,
-            idle: 0,
-            idled: 0,
+            pause: Pause::new(),
         }
     }
 
@@ -48,9 +44,9 @@ impl Ahead {
     /// that `count` is to be asked; if not, there is nothing to do.
     #[inline]
     pub fn follows(&mut self, page: u64) -> bool {
-        let follows = page == self.next && self.idle == 0;
+        let follows = page == self.next && self.pause.is_over();
         if !follows {
-            self.idle = self.idle.saturating_sub(1);
+            self.pause.pass();
             self.log2 = 0;
             self.next = page.wrapping_add(1);
         }
@@ -76,13 +72,12 @@ impl Ahead {
     pub fn stopped(&mut self, page: u64, count: u16) {
         self.next = page.wrapping_add(1 + u64::from(count));
         if count > 0 {
-            self.idled = 0;
+            self.pause.found();
         }
     }
 
     /// None of the pages that `count` said was there to be mapped.
     pub fn missed(&mut self) {
-        self.idled = (self.idled * 2).clamp(1, LONGEST);
-        self.idle = self.idled;
+        self.pause.missed();
     }
 }

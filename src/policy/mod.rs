@@ -16,6 +16,7 @@ pub mod mode;
 pub mod msr_bitmap;
 pub mod operand;
 pub mod page_copy;
+pub mod pause;
 pub mod reach;
 pub mod registers;
 pub mod role;

@@ -2,7 +2,8 @@
 //! `policy::window` and `policy::ahead` against guests that touch memory in various orders.
 
 use policy::{
-    ahead::{Ahead, LONGEST, MOST},
+    ahead::{Ahead, MOST},
+    pause,
     window::{self, Window, MAX, MIN},
 };
 use proptest::prelude::*;
@@ -249,10 +250,10 @@ fn ahead_looks_less_often_where_nothing_is_there() {
             ahead.stopped(page, 0);
         }
     }
-    assert!(looks <= 1000 / u32::from(LONGEST) + 5, "{looks}");
+    assert!(looks <= 1000 / u32::from(pause::LONGEST) + 5, "{looks}");
     // And comes back within as many faults.
     let back = (1000..).find(|&page| fault(&mut ahead, page) > 0).unwrap();
-    assert!(back <= 1000 + u64::from(LONGEST));
+    assert!(back <= 1000 + u64::from(pause::LONGEST));
     ahead.stopped(back, 1);
     assert_eq!(fault(&mut ahead, back + 2), 3);
 }
