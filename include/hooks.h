@@ -78,6 +78,7 @@
 	CALL(set_spte, kvm, mmu_set_spte, 7)				\
 	CALL(release_dirty, kvm, kvm_release_page_dirty, 1)		\
 	CALL(tdp_mmu_map, kvm, kvm_tdp_mmu_map, 2)			\
+	CALL(try_to_unsync, kvm, mmu_try_to_unsync_pages, 5)		\
 	CALL(ept_page_fault, kvm, ept_page_fault, 2)			\
 	CALL(new_pgd, kvm, kvm_mmu_new_pgd, 2)				\
 	CALL(unmap, kvm, kvm_vcpu_unmap, 2)				\

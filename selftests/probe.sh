@@ -7,7 +7,7 @@
 . "$(dirname "$0")/lib.sh"
 
 # Not those about the checks of entry, about events one by one, and about each combination of rights and flags in EPT12.
-DEEP=instructions,fields,exits,memory,turns,launches,shadowing,links,copies,pages,ept_around,ept_roots,ept_resume,ept_walks,ept_pages
+DEEP=instructions,fields,exits,memory,turns,launches,shadowing,links,copies,pages,ept_around,ept_roots,ept_resume,ept_walks,ept_pages,ept_beside
 
 depths=${MATRYOSHKA_PROBE_DEPTHS:-1 2}
 

@@ -93,6 +93,7 @@ call_ids! {
     SET_SPTE = mtk_call_id_MTK_CALL_set_spte;
     RELEASE_DIRTY = mtk_call_id_MTK_CALL_release_dirty;
     TDP_MMU_MAP = mtk_call_id_MTK_CALL_tdp_mmu_map;
+    TRY_TO_UNSYNC = mtk_call_id_MTK_CALL_try_to_unsync;
     EPT_PAGE_FAULT = mtk_call_id_MTK_CALL_ept_page_fault;
     NEW_PGD = mtk_call_id_MTK_CALL_new_pgd;
     UNMAP = mtk_call_id_MTK_CALL_unmap;

@@ -32,6 +32,7 @@ pub(crate) mod vmcs12_pages;
 pub(crate) mod vmread;
 pub(crate) mod vmx;
 pub(crate) mod vpids;
+pub(crate) mod write_protected;
 
 use crate::layout;
 use core::sync::atomic::{AtomicBool, Ordering};

@@ -184,7 +184,8 @@ unsafe fn entry_of<'a>(table: u64, index: usize) -> &'a AtomicU64 {
 }
 
 impl Table<'_> {
-    fn entry(&self, page: u64) -> &AtomicU64 {
+    /// The entry for a page.
+    pub(super) fn entry(&self, page: u64) -> &AtomicU64 {
         // SAFETY: By the invariants of `Table`.
         unsafe { &*self.entries.add(page as usize % ENTRIES) }
     }

@@ -147,6 +147,10 @@ const GROUPS: &[Group] = &[
         run: ept::pages::run,
     },
     Group {
+        name: "ept_beside",
+        run: ept::beside::run,
+    },
+    Group {
         name: "ept_logging",
         run: ept::logging::run,
     },

@@ -10,14 +10,18 @@
 //!
 //! The knob `populate` lets it map pages as well that the VMM has not populated, which spends memory ahead of need.
 //!
+//! What happens to writes near page tables that KVM shadows is another idea, `beside`'s.
+//!
 //! Mode `check` maps nothing and sees whether stock KVM, when the guest comes to a page that would have been mapped,
 //! maps it, too.
+
+mod beside;
 
 use super::Path;
 use crate::{
     bindings,
     hook::{CallId, Continuation, HookId, InFlight, Verdict},
-    kvm::{host_pages::BATCH, tdp::Fault, Vcpu},
+    kvm::{host_pages::BATCH, tdp::Fault, write_protected::Write, Vcpu},
     policy::{
         ahead::{Ahead, MOST},
         knob,
@@ -42,6 +46,7 @@ pub(super) const PATH: Path = Path {
     extra_hooks: &[],
     calls: &[
         CallId::TDP_MMU_MAP,
+        CallId::TRY_TO_UNSYNC,
         CallId::TOPUP_MMU_CACHES,
         CallId::RELEASE_DIRTY,
     ],
@@ -54,6 +59,7 @@ pub(super) const PATH: Path = Path {
         "not_in_order",
         "not_backed",
         "refused",
+        "none_beside",
     ],
 };
 
@@ -62,7 +68,10 @@ static AHEAD: AtomicU16 = AtomicU16::new(MOST);
 /// How many of them may be such that the VMM has not populated: memory is spent.
 static POPULATE: AtomicU16 = AtomicU16::new(0);
 
-static FILES: [Attribute; 2] = [
+/// Whether the right to write comes back for other pages, too, when it does for one.
+static BESIDE: AtomicBool = AtomicBool::new(true);
+
+static FILES: [Attribute; 3] = [
     Attribute::knob(
         c"ahead",
         |out| writeln!(out, "{}", AHEAD.load(Ordering::Relaxed)),
@@ -72,6 +81,15 @@ static FILES: [Attribute; 2] = [
         c"populate",
         |out| writeln!(out, "{}", POPULATE.load(Ordering::Relaxed)),
         |text| store(text, &POPULATE),
+    ),
+    Attribute::knob(
+        c"beside",
+        |out| writeln!(out, "{}", u8::from(BESIDE.load(Ordering::Relaxed))),
+        |text| {
+            let on = knob::number(text).filter(|&n| n <= 1).ok_or(EINVAL)?;
+            BESIDE.store(on != 0, Ordering::Relaxed);
+            Ok(())
+        },
     ),
 ];
 
@@ -94,6 +112,8 @@ enum Reason {
     NotBacked,
     /// KVM did not map a page that it was asked for.
     Refused,
+    /// No other page could be given back the right to write to.
+    NoneBeside,
 }
 
 /// What the path remembers about a vCPU.
@@ -101,6 +121,7 @@ pub(crate) struct Memory {
     ahead: Ahead,
     /// Mode `check`: pages that would have been mapped after the last fault, the first and their number.
     expected: (u64, u16),
+    beside: beside::Memory,
 }
 
 impl Memory {
@@ -108,6 +129,7 @@ impl Memory {
     pub(crate) const NEW: Memory = Memory {
         ahead: Ahead::new(),
         expected: (0, 0),
+        beside: beside::Memory::NEW,
     };
 }
 
@@ -125,12 +147,20 @@ extern "C" fn mtk_on_tdp_page_fault(
     cont: Continuation,
 ) -> Verdict {
     let mode = mode();
-    // SAFETY: The hooked function's own argument.
-    let Some(page) = (unsafe { Fault::plain_page(ptr) }).filter(|_| mode != Mode::Off) else {
+    if mode == Mode::Off {
         return Verdict::STOCK;
-    };
+    }
     // SAFETY: The hooked function's own argument.
     let vcpu = unsafe { Vcpu::from_hook(raw) };
+    // SAFETY: The hooked function's own argument.
+    let Some(page) = (unsafe { Fault::plain_page(ptr) }) else {
+        // SAFETY: As above; what is made of it is used up here.
+        return match unsafe { Write::from_hook(ptr) } {
+            // SAFETY: In the handler, with its arguments.
+            Some(write) => unsafe { beside::written(vcpu, &write, ptr, cont) },
+            None => Verdict::STOCK,
+        };
+    };
     let concerned = state::with(vcpu, |local, counters| {
         let memory = &mut local.direct;
         let follows = memory.ahead.follows(page);
