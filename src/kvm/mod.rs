@@ -8,6 +8,7 @@ pub(crate) mod efer;
 pub(crate) mod entry;
 pub(crate) mod ept02;
 pub(crate) mod ept12;
+pub(crate) mod families;
 pub(crate) mod fields;
 pub(crate) mod guest_memory;
 pub(crate) mod host_pages;

@@ -6,7 +6,8 @@
 //! pays if L1 touches it at least once in [`Config::window`] switches, and this one rule decides both
 //! ways, whatever was before: a field joins when it is touched in a second switch of a window, and
 //! leaves when it is put out on trial and not touched for a window. (One that is touched again and
-//! again without a switch joins as well.) So the set that a steady habit ends in is that habit's own:
+//! again without a switch joins as well, and along with a field that joins those, if they are few, whose first touch was in the same switch as
+//! its first. Two of a family, fields that make up one thing, count as one touched twice, and bring the others along.) So the set that a steady habit ends in is that habit's own:
 //! every field whose touches are never more than a window apart, and none that is never touched. A field
 //! that is touched in bursts is judged by its rate over [`LONG`] windows, whenever these begin: it comes back after more
 //! than `LONG` touches in them, after half as many again if it has failed by that measure before, and
@@ -46,6 +47,8 @@ pub const TRIAL_SIZE: u8 = 4;
 pub const FIRST_SIZE: u8 = 32;
 /// The same while most turn out to be out of use.
 const LARGE_TRIAL: u8 = 32;
+/// Most fields that are taken to belong together because they were first touched in one switch. More at once are those of a VMCS that is being set up, touched once and not again.
+pub const COMPANIONS: usize = 16;
 /// How often a field that was there to begin with comes back with its first touch.
 pub const GIVEN: u8 = 3;
 /// Windows, and touches in them, by which bursts are judged.
@@ -112,11 +115,12 @@ pub struct Learner {
     /// How many of them were not touched in the first window, which is over if `prolonged`.
     failed: u8,
     prolonged: bool,
-    /// Exits that the trial took.
+    /// Exits that the trial took, and that all have taken since the last long pause.
     spent: u16,
+    spent_since: u16,
     /// Fields that were touched often enough in a trial of many windows, or had none to prove, since habits changed.
     proven: Set,
-    /// Those of them that had their trial since the last long pause.
+    /// Those of them that had their trial, or came back, since the last long pause.
     kept: Set,
     trial_size: u8,
     last_trial: u8,
@@ -217,6 +221,7 @@ impl Learner {
             failed: 0,
             prolonged: false,
             spent: 0,
+            spent_since: 0,
             proven: Set::EMPTY,
             kept: Set::EMPTY,
             trial_size: TRIAL_SIZE,
@@ -305,6 +310,12 @@ impl Learner {
     /// L1's access to `field`, which may be shadowed, has cost an exit. `true` if the field has
     /// just joined, perhaps with others.
     pub fn touched(&mut self, field: u8, costly: bool) -> bool {
+        self.touched_of(field, costly, &Set::EMPTY)
+    }
+
+    /// The same for one of a `family`, fields that make up one thing and of which any may be shadowed: all come back when one
+    /// does, and all join when a second one is touched.
+    pub fn touched_of(&mut self, field: u8, costly: bool, family: &Set) -> bool {
         if self.learned.has(field)
             || self.barred.has(field)
             || self.config.forbidden.has(field)
@@ -314,9 +325,13 @@ impl Learner {
         }
         self.awake = true;
         if !costly && self.is_given_back(field) {
+            for other in family.iter() {
+                self.is_given_back(other);
+            }
             return true;
         }
-        let pays = self.pays(field);
+        let second = !costly && self.is_second_of(field, family);
+        let pays = self.pays(field) || second;
         let tried = self.trial.has(field);
         if costly {
             self.group.all.insert(field);
@@ -337,12 +352,79 @@ impl Learner {
             return false;
         }
         self.join(field);
+        if !has_place {
+            self.companions_join(field);
+        }
+        if second {
+            for other in family.iter() {
+                let is_plain = self
+                    .uses
+                    .get(usize::from(other))
+                    .is_some_and(|u| u.back == 0);
+                if is_plain && !self.is_out_of_question(other) && self.room() > 0 {
+                    self.join(other);
+                }
+            }
+        }
         true
+    }
+
+    /// Whether another one of the `family` was touched within a window, and none of it is known for bursts.
+    fn is_second_of(&self, field: u8, family: &Set) -> bool {
+        let window = u32::from(self.config.window);
+        let seen = |other: u8| {
+            let Some(u) = self.uses.get(usize::from(other)) else {
+                return false;
+            };
+            let lately = u.count != 0 && self.now.wrapping_sub(u.at) <= window;
+            lately && u.back == 0 && !u.away && !self.trial.has(other)
+        };
+        let is_plain = |other: u8| {
+            let u = self.uses.get(usize::from(other));
+            u.is_some_and(|u| u.back == 0) && !self.trial.has(other)
+        };
+        is_plain(field) && family.iter().any(|other| other != field && seen(other))
+    }
+
+    /// `field` has joined with its second touch: so do those whose first was in the same switch as its first, unless there are
+    /// more than [`COMPANIONS`].
+    fn companions_join(&mut self, field: u8) {
+        let Some(&Use { at, back: 0, .. }) = self.uses.get(usize::from(field)) else {
+            return;
+        };
+        if at == self.now {
+            return;
+        }
+        let mut companions = Set::EMPTY;
+        for (other, u) in (0..FIELDS as u8).zip(&self.uses) {
+            if u.at == at && u.count != 0 {
+                companions.insert(other);
+            }
+        }
+        if companions.len() > COMPANIONS {
+            return;
+        }
+        for other in companions.iter() {
+            let seen_once = self
+                .uses
+                .get(usize::from(other))
+                .is_some_and(|u| u.count == 1 && u.back == 0 && !u.away);
+            if seen_once && !self.is_out_of_question(other) && self.room() > 0 {
+                self.join(other);
+            }
+        }
+    }
+
+    /// Whether `field` is shadowed, may not be, is on trial, or is one of the costly.
+    fn is_out_of_question(&self, field: u8) -> bool {
+        let never = self.barred.has(field) || self.config.forbidden.has(field);
+        let known = self.learned.has(field) || self.trial.has(field);
+        never || known || self.group.all.has(field)
     }
 
     /// Whether `field` was there to begin with, had left, and now is back for this touch.
     fn is_given_back(&mut self, field: u8) -> bool {
-        if !self.given.has(field) || self.room() <= 0 {
+        if !self.given.has(field) || self.learned.has(field) || self.room() <= 0 {
             return false;
         }
         let Some(u) = self.uses.get_mut(usize::from(field)) else {
@@ -352,12 +434,14 @@ impl Learner {
             return false;
         }
         u.away = false;
+        self.spent_since = self.spent_since.saturating_add(1);
         u.given_back = u.given_back.saturating_add(1);
         if u.given_back >= GIVEN {
             self.given.remove(field);
         }
         self.learned.insert(field);
         self.proven.insert(field);
+        self.kept.insert(field);
         true
     }
 
@@ -519,6 +603,7 @@ impl Learner {
 
     fn trial_ends(&mut self) {
         let pause = self.spent.saturating_mul(2);
+        self.spent_since = self.spent_since.saturating_add(self.spent);
         if self.failed == 0 {
             self.unchanged = self.unchanged.saturating_add(self.tried);
             self.trial_size = TRIAL_SIZE;
@@ -535,11 +620,11 @@ impl Learner {
             // Those that have just come back are not asked at once again.
             self.proven = self.kept;
             self.trial_size = (self.trial_size * 2).min(LARGE_TRIAL);
-            let left = self.learned.without(&self.config.pinned);
-            if left.without(&self.proven).is_empty() {
-                self.trial_size = TRIAL_SIZE;
-                self.wait = self.long_pause();
-            }
+        }
+        let left = self.learned.without(&self.config.pinned);
+        if left.without(&self.kept).is_empty() {
+            self.trial_size = TRIAL_SIZE;
+            self.wait = self.long_pause();
         }
     }
 
@@ -548,7 +633,13 @@ impl Learner {
         self.kept = Set::EMPTY;
         let window = self.config.window;
         let most = window.saturating_mul(GROUP_TRIAL);
-        self.spent
+        let spent = if self.config.eager {
+            self.spent_since
+        } else {
+            self.spent
+        };
+        self.spent_since = 0;
+        spent
             .saturating_mul(2 * window)
             .clamp(window.saturating_mul(TRIAL), most)
     }
@@ -558,7 +649,9 @@ impl Learner {
         let mut from = all.without(&self.proven);
         let mut size = self.trial_size.max(FIRST_SIZE);
         if from.is_empty() {
-            (from, size) = (all, self.trial_size);
+            let rest = all.without(&self.kept);
+            from = if rest.is_empty() { all } else { rest };
+            size = self.trial_size;
         }
         self.tried = 0;
         self.failed = 0;
@@ -659,6 +752,52 @@ mod tests {
         // Later on one trial in so many switches costs an exit for each field.
         run(&mut learner, &fields, 1024);
         assert!(run(&mut learner, &fields, 1024) <= (1024 / LONG + 1) * usize::from(TRIAL_SIZE));
+    }
+
+    #[test]
+    fn what_is_touched_together_joins_together() {
+        let mut learner = learner(64);
+        let fields: Vec<u8> = (10..22).collect();
+        assert_eq!(run(&mut learner, &fields, 4), 12 + 1);
+        assert_eq!(fields_of(&learner), fields);
+        // Not with one whose first touch was in another switch.
+        learner.touched(1, false);
+        learner.switched();
+        learner.touched(2, false);
+        learner.touched(1, false);
+        assert!(learner.learned().has(1) && !learner.learned().has(2));
+    }
+
+    #[test]
+    fn two_of_a_family_bring_the_others() {
+        let family = Set::EMPTY.with(4).with(5).with(6);
+        let mut learner = learner(64);
+        assert!(!learner.touched_of(4, false, &family));
+        assert!(learner.touched_of(6, false, &family));
+        assert_eq!(fields_of(&learner), [4, 5, 6]);
+        // One that was touched long ago does not count, nor does one that is known for bursts.
+        let family = Set::EMPTY.with(7).with(8);
+        assert!(!learner.touched_of(7, false, &family));
+        run(&mut learner, &[4, 5, 6], WINDOW + 1);
+        assert!(!learner.touched_of(8, false, &family));
+    }
+
+    #[test]
+    fn a_family_comes_back_together() {
+        let mut learner = chosen(40);
+        run(&mut learner, &[], 4 * LONG);
+        let family = Set::EMPTY.with(7).with(8).with(50);
+        assert!(learner.touched_of(7, false, &family));
+        assert_eq!(fields_of(&learner), [7, 8]);
+    }
+
+    #[test]
+    fn a_vmcs_that_is_set_up_is_not_learned() {
+        let mut learner = learner(96);
+        let fields: Vec<u8> = (10..90).collect();
+        run(&mut learner, &fields, 1);
+        run(&mut learner, &[20, 30], 3);
+        assert_eq!(fields_of(&learner), [20, 30]);
     }
 
     #[test]

@@ -32,6 +32,15 @@ impl Set {
             .is_some_and(|w| (w >> (field as usize % WORD)) & 1 != 0)
     }
 
+    /// The set with `field` in it as well.
+    pub const fn with(self, field: u8) -> Self {
+        let mut words = self.0;
+        if (field as usize) < FIELDS {
+            words[field as usize / WORD] |= 1 << (field as usize % WORD);
+        }
+        Self(words)
+    }
+
     /// Puts `field` in.
     pub fn insert(&mut self, field: u8) {
         if let Some(w) = self.0.get_mut(field as usize / WORD) {

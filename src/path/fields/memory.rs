@@ -131,6 +131,17 @@ impl Memory {
         }
     }
 
+    /// Those of some fields that KVM knows.
+    pub(super) fn known_of(&mut self, fields: &Set) -> Set {
+        let mut known = *fields;
+        for number in fields.iter() {
+            if !self.knows(number) {
+                known.remove(number);
+            }
+        }
+        known
+    }
+
     /// Whether KVM knows the field; one that it does not know is never shadowed.
     pub(super) fn knows(&mut self, number: Number) -> bool {
         if self.known.has(number) {

@@ -36,6 +36,7 @@ use crate::{
     bindings,
     hook::{CallId, Continuation, HookId, InFlight, Verdict},
     kvm::{
+        families::family,
         fields::{self, encoding::VMX_INSTRUCTION_INFO, Number, FIELDS},
         vmread::Read,
         vmx, Vcpu,
@@ -344,9 +345,14 @@ unsafe fn accessed(vcpu: Vcpu, write: bool, cont: Continuation) -> Verdict {
         }
         count.fall_back(Reason::Learning as usize);
         let joined = if left_out {
-            memory.stock.touched(number, false)
+            let family = family(number);
+            memory.stock.touched_of(number, false, &family)
         } else {
-            memory.knows(number) && memory.learner.touched(number, class.is_late())
+            memory.knows(number) && {
+                let family = memory.known_of(&family(number));
+                let costly = class.is_late();
+                memory.learner.touched_of(number, costly, &family)
+            }
         };
         if joined {
             memory.stale = true;
