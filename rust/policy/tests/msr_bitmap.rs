@@ -6,7 +6,7 @@ use policy::msr_bitmap::{
 };
 use proptest::prelude::*;
 
-/// The bit of a bitmap that is about reads or writes of an MSR (SDM volume 3, 25.6.9).
+/// The bit of a bitmap that is about reads or writes of an MSR (SDM volume 3, 26.6.9).
 fn bit(msr: u32, write: bool) -> usize {
     let bytes = usize::from(write) * 2048 + if msr >= 0xc000_0000 { 1024 } else { 0 };
     bytes * 8 + (msr & 0x1fff) as usize

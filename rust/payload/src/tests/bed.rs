@@ -43,7 +43,7 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// Exit reasons that define the VM-exit instruction information (SDM volume 3, 28.2.5): string I/O,
+/// Exit reasons that define the VM-exit instruction information (SDM volume 3, 29.2.5): string I/O,
 /// VMX instructions, descriptor-table accesses, invalidations, RDRAND and RDSEED, XSAVES and XRSTORS.
 const INFORMATIVE: [u64; 16] = [
     19, 21, 22, 23, 25, 27, IO, 46, 47, 50, 53, 57, 58, 61, 63, 64,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! Consistency checks of the VM-execution, VM-exit and VM-entry control fields (SDM volume 3, 27.2.1),
+//! Consistency checks of the VM-execution, VM-exit and VM-entry control fields (SDM volume 3, 28.2.1),
 //! violated one at a time. Each failure is an error 7 that must leave no trace: the next entry is good.
 
 use super::bed::{calls, Bed};
@@ -177,7 +177,7 @@ fn execution(bed: &mut Bed) -> Result<(), VmxError> {
     )
 }
 
-/// The event to inject (27.2.1.3). Entries that would succeed are left to the events group.
+/// The event to inject (28.2.1.3). Entries that would succeed are left to the events group.
 fn entry_event(bed: &mut Bed) -> Result<(), VmxError> {
     const VALID: u64 = 1 << 31;
     const ERROR_CODE: u64 = 1 << 11;

@@ -98,7 +98,7 @@ fn exceptions(bed: &mut Bed, features: Features) -> Result<(), VmxError> {
     )
 }
 
-/// Page faults leave by bitmap, mask and match together (SDM volume 3, 26.2).
+/// Page faults leave by bitmap, mask and match together (SDM volume 3, 27.2).
 fn page_faults(bed: &mut Bed, features: Features) -> Result<(), VmxError> {
     let fault = program!("mov rax, 1", "shl rax, 40", "mov [rax], rax");
     let no_idt = (GUEST_IDTR_LIMIT, 0);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! Consistency checks of the guest-state area (SDM volume 3, 27.3.1), violated one at a time. Each is a
+//! Consistency checks of the guest-state area (SDM volume 3, 28.3.1), violated one at a time. Each is a
 //! VM exit with the entry-failure bit, which loads the host state and leaves the VMCS as it was.
 
 use super::bed::{calls, Bed};
@@ -171,7 +171,7 @@ fn segments(bed: &mut Bed) -> Result<(), VmxError> {
     Ok(())
 }
 
-/// An MSR list that entry cannot load (27.4) fails with reason 34 and the entry's number.
+/// An MSR list that entry cannot load (28.4) fails with reason 34 and the entry's number.
 fn msr_load(bed: &mut Bed) -> Result<(), VmxError> {
     const FS_BASE: u64 = 0xc000_0100;
     const SYSENTER_CS: u64 = 0x174;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! Consistency checks of the host-state area (SDM volume 3, 27.2.2 to 27.2.4), violated one at a time.
+//! Consistency checks of the host-state area (SDM volume 3, 28.2.2 to 28.2.4), violated one at a time.
 //! Each is an error 8; the state is never loaded.
 
 use super::bed::{calls, Bed};

@@ -132,7 +132,7 @@ struct Test {
     wrong: u64,
 }
 
-/// The byte and the bit of an MSR in a bitmap (SDM volume 3, 25.6.9).
+/// The byte and the bit of an MSR in a bitmap (SDM volume 3, 26.6.9).
 fn place(msr: u32, write: bool) -> (u64, u8) {
     let part = write as u64 * 2048 + if msr >= 0xc000_0000 { 1024 } else { 0 };
     (part + (msr as u64 & 0x1fff) / 8, 1 << (msr % 8))

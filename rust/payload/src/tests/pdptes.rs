@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! The PDPTEs of a child with PAE paging, which VM entry takes from the VMCS (SDM volume 3, 27.3.2.4).
+//! The PDPTEs of a child with PAE paging, which VM entry takes from the VMCS (SDM volume 3, 28.3.2.4).
 //!
 //! Here a child runs without paging, and its parent turns PAE paging on by CR0, having written some other field. KVM takes the
 //! PDPTEs over if that is one which it does not shadow, even if it had the same value. A field that the parent has written on many entries

@@ -4,7 +4,7 @@
 //! blocked. What leaves the child, in which order, and where, until it has come to its end.
 //!
 //! The payload has its interrupts off, and an NMI waits for it because the exit of another NMI has blocked them
-//! (SDM volume 3, 28.5.5). All are taken from it again before the next case: each leaves a child that wants nothing else.
+//! (SDM volume 3, 29.5.5). All are taken from it again before the next case: each leaves a child that wants nothing else.
 
 use core::arch::asm;
 use core::fmt::{self, Write};

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! EPT tables for the child (SDM volume 3, 29.3): identity, with 2 MiB pages below the touch region
+//! EPT tables for the child (SDM volume 3, 30.3): identity, with 2 MiB pages below the touch region
 //! and 4 KiB pages in it.
 
 use crate::memory;

@@ -7,7 +7,7 @@ use core::fmt;
 use super::field;
 use crate::trap::{self, Fault};
 
-/// How a VMX instruction failed (SDM volume 3, chapter 31).
+/// How a VMX instruction failed (SDM volume 3, chapter 32).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum VmxError {
     /// VMfailInvalid: CF, there is no current VMCS to hold an error number.

@@ -30,7 +30,7 @@ const HARDWARE: u64 = 3 << 8;
 const SOFTWARE: u64 = 4 << 8;
 const INT1: u64 = 5 << 8;
 const INT3: u64 = 6 << 8;
-/// Exits with an instruction's information that is defined whatever the operands (SDM volume 3, 28.2.5).
+/// Exits with an instruction's information that is defined whatever the operands (SDM volume 3, 29.2.5).
 const INFORMATIVE: [u64; 14] = [19, 21, 22, 23, 25, 27, 46, 47, 50, 53, 57, 58, 61, 63];
 /// In that information: the operand is a register, and what describes that.
 const REGISTER: u64 = 1 << 10;

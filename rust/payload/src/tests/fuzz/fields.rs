@@ -39,7 +39,7 @@ pub const OURS: [u32; 29] = [
     HOST_IA32_EFER,
 ];
 
-/// Fields that an exit may leave as some earlier one made them (SDM volume 3, 28.2). They are noted where they are
+/// Fields that an exit may leave as some earlier one made them (SDM volume 3, 29.2). They are noted where they are
 /// defined, and nowhere else. RF in RFLAGS tells whether L0 had to map a page just then.
 pub const STALE: [u32; 9] = [
     GUEST_RFLAGS,
@@ -74,18 +74,18 @@ pub const OF_CHILDREN: [u64; 14] = [
 /// Encodings of no field.
 pub const NONE: [u32; 6] = [0x0004, 0x4026, 0x6830, 0x8000, 0x2801, 0xffff];
 
-/// Exits that define a length (SDM volume 3, 28.2.5).
+/// Exits that define a length (SDM volume 3, 29.2.5).
 pub const LENGTH: [u64; 37] = [
     10, 11, 12, 13, 14, 15, 16, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 36, 39,
     40, 46, 47, 50, 51, 53, 54, 55, 57, 58, 61, 63, 64,
 ];
 
-/// Exits that define a qualification (SDM volume 3, 28.2.1).
+/// Exits that define a qualification (SDM volume 3, 29.2.1).
 pub const QUALIFICATION: [u64; 24] = [
     9, 14, 19, 21, 22, 23, 25, 27, 28, 29, 30, 33, 34, 39, 43, 44, 45, 46, 47, 48, 50, 53, 56, 58,
 ];
 
-/// Bad values, each a violation of one of the checks on VM entry (SDM volume 3, 27.2 and 27.3) or at its border.
+/// Bad values, each a violation of one of the checks on VM entry (SDM volume 3, 28.2 and 28.3) or at its border.
 pub const VIOLATIONS: &[(u32, u64)] = &[
     (CR3_TARGET_COUNT, 5),
     (CR3_TARGET_COUNT, 4),
