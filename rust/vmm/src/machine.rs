@@ -342,7 +342,7 @@ pub(crate) struct Shared<'a> {
     /// They end to be saved, so nothing may be left half done.
     saving: AtomicBool,
     /// A new VM is due.
-    due: AtomicBool,
+    due: shuffle::Due,
     /// Who asked for it to be saved.
     job: Mutex<Option<Job>>,
     running: AtomicUsize,
@@ -369,7 +369,7 @@ impl<'a> Shared<'a> {
             over: EventFd::new(0).map_err(|_| Error::os("eventfd"))?,
             stop: AtomicBool::new(false),
             saving: AtomicBool::new(false),
-            due: AtomicBool::new(false),
+            due: shuffle::Due::default(),
             job: Mutex::new(None),
             running: AtomicUsize::new(0),
             kick: install_kick()?,
@@ -441,9 +441,9 @@ fn run_once(
             s.spawn(move || {
                 let mut numbers = shuffle::Numbers::new(!seed);
                 while !shared.stopped() {
-                    std::thread::sleep(shuffle::pause(&mut numbers, shared.config));
+                    std::thread::sleep(shared.due.pause(&mut numbers, shared.config));
                     // Making a VM may take longer than that, and the guest must get on.
-                    if !shared.due.swap(true, Ordering::Relaxed) {
+                    if shared.due.now() {
                         shared.kick(0);
                     }
                 }

@@ -12,8 +12,8 @@
 //! many microseconds, wherever the vCPU is then.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -79,9 +79,38 @@ fn factor(config: &Config) -> u64 {
     }
 }
 
-/// How long the thread that kicks the vCPU sleeps before the next kick.
-pub(crate) fn pause(numbers: &mut Numbers, config: &Config) -> Duration {
-    Duration::from_micros(numbers.around(factor(config) * KICK_US))
+/// What the thread that kicks the vCPU and the vCPU's own tell one another.
+#[derive(Debug, Default)]
+pub(crate) struct Due {
+    due: AtomicBool,
+    /// How many microseconds it took the last time.
+    took: AtomicU64,
+}
+
+impl Due {
+    /// Whether it is to be done now.
+    pub(crate) fn is_now(&self) -> bool {
+        self.due.load(Ordering::Relaxed)
+    }
+
+    /// It is to be done. Whether that is news.
+    pub(crate) fn now(&self) -> bool {
+        !self.due.swap(true, Ordering::Relaxed)
+    }
+
+    /// It was done, which began then.
+    pub(crate) fn done(&self, since: Instant) {
+        let took = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.took.store(took, Ordering::Relaxed);
+        self.due.store(false, Ordering::Relaxed);
+    }
+
+    /// How long the thread that kicks the vCPU sleeps before the next kick. A kernel with KASAN takes so long for a new VM, and
+    /// for the pages of its guest, that the guest would not get on otherwise.
+    pub(crate) fn pause(&self, numbers: &mut Numbers, config: &Config) -> Duration {
+        let us = numbers.around(factor(config) * KICK_US);
+        Duration::from_micros(us.max(self.took.load(Ordering::Relaxed) / 4))
+    }
 }
 
 /// Does it, and decides when.
@@ -130,11 +159,11 @@ impl<'a> Shuffler<'a> {
     }
 
     /// Counts an exit to user space, which may make it due.
-    pub(crate) fn exit(&mut self, due: &AtomicBool) {
+    pub(crate) fn exit(&mut self, due: &Due) {
         self.exits -= 1;
         if self.exits == 0 {
             self.exits = self.numbers.around(factor(self.config) * EXITS);
-            due.store(true, Ordering::Relaxed);
+            due.now();
         }
     }
 

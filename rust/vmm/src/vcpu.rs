@@ -3,6 +3,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
 use kvm_bindings::{kvm_mp_state, kvm_msr_entry, CpuId, Msrs, KVM_MP_STATE_RUNNABLE};
 use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd, VmFd};
@@ -13,7 +14,7 @@ use crate::cpuid::{self, Topology};
 use crate::device::{Bus, Flow};
 use crate::dump;
 use crate::machine::{Config, Exit};
-use crate::shuffle::Shuffler;
+use crate::shuffle::{Due, Shuffler};
 use crate::work::Work;
 use crate::{Error, Result};
 
@@ -136,7 +137,7 @@ pub(crate) struct Place<'a, 'b> {
 pub(crate) fn run(
     vcpu: &mut VcpuFd,
     place: &Place,
-    mut shuffle: Option<(&mut Shuffler, &AtomicBool)>,
+    mut shuffle: Option<(&mut Shuffler, &Due)>,
 ) -> Option<Exit> {
     // A panic under the lock ends the process (panic=abort), so poison means little.
     let lock = || place.bus.lock().unwrap_or_else(PoisonError::into_inner);
@@ -148,7 +149,7 @@ pub(crate) fn run(
         let due = settle
             || shuffle.as_mut().is_some_and(|(shuffler, due)| {
                 shuffler.exit(due);
-                due.load(Ordering::Relaxed)
+                due.is_now()
             });
         // With this KVM_RUN only completes what the last exit has left to do, and then says EINTR; or it
         // makes an exit of its own, such as for the next element of a string.
@@ -195,9 +196,10 @@ pub(crate) fn run(
         };
         let bad = match (bad, &mut shuffle) {
             (Bad::Shuffle, Some((shuffler, due))) => {
+                let begun = Instant::now();
                 let done = shuffler.shuffle(vcpu);
                 // Only now, or the guest would not get on.
-                due.store(false, Ordering::Relaxed);
+                due.done(begun);
                 match done {
                     Ok(()) => continue,
                     Err(e) => Bad::Other(format!("it could not be saved and restored: {e}")),
