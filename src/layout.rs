@@ -90,7 +90,8 @@ const EXPECTED: &[Expected] = &expect! {
     kvm_memslots { generation }
     gfn_to_hva_cache { generation, gpa, hva, memslot }
     kvm_host_map { pinned_page, page, hva, pfn, gfn, writable }
-    kvm_memory_slot { base_gfn, npages, dirty_bitmap, userspace_addr, flags, id }
+    kvm_memory_slot { base_gfn, npages, dirty_bitmap, userspace_addr, flags, id, arch }
+    kvm_arch_memory_slot { gfn_write_track }
     kvm_arch { disabled_quirks, mmu_valid_gen, mmu_page_hash, vm_type }
     kvm_mmu_page { hash_link, tdp_mmu_page, unsync, role, gfn, spt, shadowed_translation }
     kvm_page_fault { addr, prefetch, write, present, rsvd, is_private, max_level, req_level, goal_level, gfn, slot, pfn, refcounted_page, map_writable }

@@ -6,10 +6,11 @@
 //! the 511 others faults when it is written to, for no reason: KVM gives the right back, to that one.
 //!
 //! Here the others get it at once, as fast_page_fault() gives it, with an exchange of the entry, and where KVM's own
-//! mmu_try_to_unsync_pages() says, asked as for a prefetch, that nothing shadows the page.
+//! mmu_try_to_unsync_pages() says, asked as for a prefetch, that nothing shadows the page but what is out of sync already.
 
 use super::{
     ept02::{ENTRIES, PRESENT},
+    mmu_lock::Moment,
     tdp::Table,
     vcpu::read,
     Vcpu,
@@ -43,9 +44,9 @@ pub(crate) struct Write {
     slot: *const bindings::kvm_memory_slot,
 }
 
-/// What an entry is expected to become.
+/// What an entry is expected to become, as of a moment.
 #[derive(Clone, Copy)]
-pub(crate) struct Expected(u64);
+pub(crate) struct Expected(u64, Moment);
 
 /// What stock KVM made of it.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -54,7 +55,7 @@ pub(crate) enum Outcome {
     Same,
     /// Something else.
     Other,
-    /// Somebody has taken the page away meanwhile.
+    /// The host has invalidated something meanwhile, or the page has become a table: nothing to compare.
     Gone,
 }
 
@@ -73,21 +74,25 @@ impl Write {
         }
         // SAFETY: KVM's own pointer to a slot, alive under KVM's SRCU lock, which the caller of the handler holds.
         let slot = unsafe { fault.slot.as_ref() }?;
+        // Without it nothing in the slot was ever shadowed. KVM makes it for the slots that are in force when a VM first
+        // has shadow pages; one that is just being replaced would be asked for it in vain.
+        let is_tracked = !slot.arch.gfn_write_track.is_null();
         // INVARIANT: As above.
-        (slot.flags == 0).then_some(Self {
+        (slot.flags == 0 && is_tracked).then_some(Self {
             gfn: fault.gfn,
             slot,
         })
     }
 
-    /// Gives back the right to write to the other pages of the same last-level table. Returns to how many.
-    pub(crate) fn give_back(&self, vcpu: Vcpu) -> usize {
-        let mut given = 0;
+    /// Gives back the right to write to the other pages of the same last-level table. Returns to how many; `None` if not even some
+    /// could be looked at.
+    pub(crate) fn give_back(&self, vcpu: Vcpu) -> Option<usize> {
+        let mut given = None;
         for first in (0..ENTRIES).step_by(HOLD) {
             let Some(some) = self.give_back_some(vcpu, first..first + HOLD) else {
                 break;
             };
-            given += some;
+            given = Some(given.unwrap_or(0) + some);
         }
         given
     }
@@ -144,23 +149,31 @@ impl Write {
 
     /// What the fault's own entry is expected to become; `None` if KVM has to decide that or there is no last-level table yet.
     pub(crate) fn expected(&self, vcpu: Vcpu) -> Option<Expected> {
+        let now = vcpu.now();
         let _lock = vcpu.share_mmu();
         let rcu = rcu::read_lock();
         let table = vcpu.tdp_table(&rcu, self.gfn)?;
         let old = table.entry(self.gfn).load(Ordering::Relaxed);
-        self.with_write(vcpu, self.gfn, old).map(Expected)
+        if old & MMU_WRITABLE != 0 {
+            // What fast_page_fault() makes writable it does not mark dirty.
+            return None;
+        }
+        let new = self.with_write(vcpu, self.gfn, old)?;
+        Some(Expected(new, now))
     }
 
     /// What has become of it, once KVM has served the fault.
     pub(crate) fn outcome(&self, vcpu: Vcpu, expected: Expected) -> Outcome {
-        let _lock = vcpu.share_mmu();
+        let lock = vcpu.share_mmu();
         let rcu = rcu::read_lock();
         let now = vcpu
             .tdp_table(&rcu, self.gfn)
             .map_or(0, |table: Table<'_>| {
                 table.entry(self.gfn).load(Ordering::Relaxed)
             });
-        if now & PRESENT == 0 {
+        // A write that was served leaves the right to write, unless somebody has made a table of the page since.
+        let is_table = now & WRITE == 0 && self.with_write(vcpu, self.gfn, now).is_none();
+        if now & PRESENT == 0 || is_table || lock.has_invalidated(expected.1) {
             Outcome::Gone
         } else if (now ^ expected.0) & !ACCESSED == 0 {
             Outcome::Same

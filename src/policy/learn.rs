@@ -20,13 +20,13 @@
 //! exit that trials take. Later it takes [`TRIAL_SIZE`] fields by turns, [`TRIAL`] windows after the last
 //! one or, if that took many exits, up to [`GROUP_TRIAL`], so that learning costs one exit in 64 switches then (in 32 where all
 //! fields are touched in bursts). As
-//! long as at least half of what was on trial turns out to be out of use, the next trial follows at once
-//! and takes twice as many, so a set of `n` fields none of which L1 uses any more is gone after
+//! long as at least half of what was on trial turns out to be out of use, the next trial follows after two switches for each exit that
+//! this one took, takes twice as many and passes over what has come back (if nothing else is left, a long pause follows), so a set of `n` fields none of which L1 uses any more is gone after
 //! `TRIAL + log2(n)` windows. Where L1 goes on with most of them and begins with no other, the others are found in turn,
 //! within `n / TRIAL_SIZE * (TRIAL + 1)` windows.
 //!
 //! Fields that somebody else had chosen to begin with ([`Learner::with`]) and that have left come back with their first
-//! touch, [`GIVEN`] times: somebody had a reason, and a guest that boots changes its habits.
+//! touch or that of one of their family, [`GIVEN`] times: somebody had a reason, and a guest that boots changes its habits.
 //!
 //! *Costly* fields cost something together, however many they are: half an exit on each switch. They
 //! are shadowed while their touches are one in four switches, counted over a window; now and then all
@@ -66,7 +66,8 @@ pub struct Config {
     /// Fields that never are, even if they are pinned.
     pub forbidden: Set,
     /// The first touch ends a field's first trial as it ends others, unless the field is known for bursts: for fields whose
-    /// touches cost no exit to begin with, so that one that is put out by mistake is worse than one that stays.
+    /// touches cost no exit to begin with, so that one that is put out by mistake is worse than one that stays. The pause after all
+    /// were asked follows from the exits of all these trials, not of the last one.
     pub eager: bool,
 }
 
@@ -115,12 +116,12 @@ pub struct Learner {
     /// How many of them were not touched in the first window, which is over if `prolonged`.
     failed: u8,
     prolonged: bool,
-    /// Exits that the trial took, and that all have taken since the last long pause.
+    /// Exits that the trial took; and that all have taken since the last long pause, with touches of what has come back with the first.
     spent: u16,
     spent_since: u16,
     /// Fields that were touched often enough in a trial of many windows, or had none to prove, since habits changed.
     proven: Set,
-    /// Those of them that had their trial, or came back, since the last long pause.
+    /// Fields that had their trial, or came back, since the last long pause.
     kept: Set,
     trial_size: u8,
     last_trial: u8,
@@ -325,6 +326,7 @@ impl Learner {
         }
         self.awake = true;
         if !costly && self.is_given_back(field) {
+            self.spent_since = self.spent_since.saturating_add(1);
             for other in family.iter() {
                 self.is_given_back(other);
             }
@@ -361,8 +363,8 @@ impl Learner {
                     .uses
                     .get(usize::from(other))
                     .is_some_and(|u| u.back == 0);
-                if is_plain && !self.is_out_of_question(other) && self.room() > 0 {
-                    self.join(other);
+                if is_plain {
+                    self.join_along(other);
                 }
             }
         }
@@ -397,7 +399,7 @@ impl Learner {
         }
         let mut companions = Set::EMPTY;
         for (other, u) in (0..FIELDS as u8).zip(&self.uses) {
-            if u.at == at && u.count != 0 {
+            if u.at == at && u.count != 0 && !self.kept.has(other) {
                 companions.insert(other);
             }
         }
@@ -409,9 +411,20 @@ impl Learner {
                 .uses
                 .get(usize::from(other))
                 .is_some_and(|u| u.count == 1 && u.back == 0 && !u.away);
-            if seen_once && !self.is_out_of_question(other) && self.room() > 0 {
-                self.join(other);
+            if seen_once {
+                self.join_along(other);
             }
+        }
+    }
+
+    /// `field` joins because another one does, if it may.
+    fn join_along(&mut self, field: u8) {
+        if self.is_out_of_question(field) || self.room() <= 0 {
+            return;
+        }
+        self.learned.insert(field);
+        if let Some(u) = self.uses.get_mut(usize::from(field)) {
+            u.away = false;
         }
     }
 
@@ -424,7 +437,9 @@ impl Learner {
 
     /// Whether `field` was there to begin with, had left, and now is back for this touch.
     fn is_given_back(&mut self, field: u8) -> bool {
-        if !self.given.has(field) || self.learned.has(field) || self.room() <= 0 {
+        let never = self.barred.has(field) || self.config.forbidden.has(field);
+        let here = self.learned.has(field) || self.trial.has(field);
+        if !self.given.has(field) || never || here || self.room() <= 0 {
             return false;
         }
         let Some(u) = self.uses.get_mut(usize::from(field)) else {
@@ -434,7 +449,6 @@ impl Learner {
             return false;
         }
         u.away = false;
-        self.spent_since = self.spent_since.saturating_add(1);
         u.given_back = u.given_back.saturating_add(1);
         if u.given_back >= GIVEN {
             self.given.remove(field);
@@ -668,6 +682,7 @@ impl Learner {
             self.tried += 1;
             if let Some(u) = self.uses.get_mut(usize::from(field)) {
                 u.start(self.now);
+                u.away = false;
             }
         }
         let any = self.tried != 0;

@@ -78,15 +78,20 @@ pub(super) unsafe fn written(
             return;
         }
         if !is_fixed {
-            // A table.
+            // A table of an upper level, or to be tried again.
             return;
         }
-        if write.give_back(vcpu) != 0 {
-            counters.taken.bump();
-            local.direct.beside.0.found();
-        } else {
-            counters.fall_back(Reason::NoneBeside as usize);
-            local.direct.beside.0.missed();
+        match write.give_back(vcpu) {
+            // Somebody waits for the lock, or it is a large page after all.
+            None => {}
+            Some(0) => {
+                counters.fall_back(Reason::NoneBeside as usize);
+                local.direct.beside.0.missed();
+            }
+            Some(_) => {
+                counters.taken.bump();
+                local.direct.beside.0.found();
+            }
         }
     });
     Verdict::handled(value)
