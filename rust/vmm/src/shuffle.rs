@@ -109,7 +109,7 @@ impl Due {
     /// for the pages of its guest, that the guest would not get on otherwise.
     pub(crate) fn pause(&self, numbers: &mut Numbers, config: &Config) -> Duration {
         let us = numbers.around(factor(config) * KICK_US);
-        Duration::from_micros(us.max(self.took.load(Ordering::Relaxed) / 4))
+        Duration::from_micros(us.max(self.took.load(Ordering::Relaxed)))
     }
 }
 
