@@ -173,15 +173,23 @@ impl Prototypes {
 /// Compares everything. `fault` is for tests: the structure of that number (from 1) is expected 8
 /// bytes larger than it is; 0 for none.
 ///
-/// Process context; reads some 10 MiB into memory that is freed again.
+/// Process context; reads some 2 MiB into memory that is freed again, 10 MiB where the kernel's BTF is to be had as a file only.
+/// (A guest's pages, once touched, are its hypervisor's to keep.)
 pub(crate) fn check(fault: usize) -> Result<Prototypes, Mismatch> {
     // KVM sets it to N where it is not used.
     if module_flag("kvm_intel", "enlightened_vmcs") {
         return Err(Mismatch::Enlightened);
     }
     let load = |path| kfile::read(path).map_err(|e| Mismatch::NoBtf(path, e));
-    let (base, kvm, intel) = (load(VMLINUX)?, load(KVM)?, load(KVM_INTEL)?);
-    let base = Blob::new(&base).ok_or(Mismatch::Malformed(VMLINUX))?;
+    let in_place = hook::kernel_btf().and_then(Blob::new);
+    let read = match in_place {
+        Some(_) => KVVec::new(),
+        None => load(VMLINUX)?,
+    };
+    let base = in_place
+        .or_else(|| Blob::new(&read))
+        .ok_or(Mismatch::Malformed(VMLINUX))?;
+    let (kvm, intel) = (load(KVM)?, load(KVM_INTEL)?);
     let kvm = Btf::new(base, Blob::new(&kvm).ok_or(Mismatch::Malformed(KVM))?);
     let intel = Btf::new(
         base,

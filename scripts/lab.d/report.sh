@@ -51,6 +51,7 @@ cmd_paths() {
 	assign MODULE "$MODULE"
 	assign TEST_MODULES "$TEST_MODULES"
 	assign GUEST_MODULE "$GUEST_MODULE"
+	assign GUEST_MODULE_STRIPPED "$GUEST_MODULE_STRIPPED"
 }
 
 # check TEXT COMMAND...: a line of the doctor's report.

@@ -19,6 +19,16 @@ use crate::{alloc, bindings};
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use kernel::{prelude::*, str::CStr};
 
+/// The BTF of the kernel itself, where it lies; `None` if it cannot be found.
+pub(crate) fn kernel_btf() -> Option<&'static [u8]> {
+    let start = resolve::data(c"__start_BTF")?;
+    let stop = resolve::data(c"__stop_BTF")?;
+    let size = stop.checked_sub(start).filter(|&n| n <= 64 << 20)?;
+    // SAFETY: The kernel's own read-only data between two symbols of its linker script, mapped for good, as
+    // /sys/kernel/btf/vmlinux shows it.
+    Some(unsafe { core::slice::from_raw_parts(start as *const u8, size) })
+}
+
 /// How many lines `include/hooks.h` has.
 pub(crate) const COUNT: usize = bindings::mtk_hook_id_MTK_HOOK_COUNT as usize;
 

@@ -29,6 +29,14 @@ pub(super) fn address(function: Function) -> Option<usize> {
     by_name(&name).or_else(|| by_probe(&name))
 }
 
+/// The address of something that is no function in the kernel itself; `None` where kallsyms does not list such (CONFIG_KALLSYMS_ALL).
+pub(super) fn data(name: &CStr) -> Option<usize> {
+    let lookup = once(&KALLSYMS_LOOKUP_NAME, c"kallsyms_lookup_name")?;
+    // SAFETY: `unsigned long kallsyms_lookup_name(const char *)`; it takes what locks it needs.
+    let address = unsafe { bindings::mtk_call_stock2(lookup, name.as_char_ptr() as usize, 0) };
+    (address != 0).then_some(address as usize)
+}
+
 /// What kallsyms_lookup_name() and ftrace_location() say.
 fn by_name(name: &CStr) -> Option<usize> {
     let lookup = once(&KALLSYMS_LOOKUP_NAME, c"kallsyms_lookup_name")?;

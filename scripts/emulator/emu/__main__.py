@@ -151,7 +151,7 @@ def build_initramfs(path, args, paths, tree):
         guest = paths.get("GUEST", "")
         for source, name in ((paths.get("TOOL"), "bin/matryoshka"), (paths.get("MODULE"), "lib/matryoshka/matryoshka.ko"),
                              (guest and guest + "/vmlinux", "lib/matryoshka/guest/vmlinux"),
-                             (paths.get("GUEST_MODULE"), "lib/matryoshka/guest/matryoshka.ko"),
+                             (paths.get("GUEST_MODULE_STRIPPED"), "lib/matryoshka/guest/matryoshka.ko"),
                              (paths.get("PAYLOAD"), "lib/matryoshka/payload")):
             if source and os.path.exists(source):
                 image.copy(source, name)
