@@ -5,7 +5,7 @@
 use crate::{alloc, bindings};
 use kernel::{prelude::*, str::CStr};
 
-/// Nothing that the module reads is near this: the kernel's BTF is under 10 MiB.
+/// Nothing that the module reads is near this: the kernel's BTF is some 6 MiB.
 const MAX_SIZE: usize = 64 << 20;
 const CHUNK: usize = 64 << 10;
 

@@ -173,7 +173,7 @@ impl Prototypes {
 /// Compares everything. `fault` is for tests: the structure of that number (from 1) is expected 8
 /// bytes larger than it is; 0 for none.
 ///
-/// Process context; reads some 2 MiB into memory that is freed again, 10 MiB where the kernel's BTF is to be had as a file only.
+/// Process context; reads half a MiB into memory that is freed again, and 6 MiB more (Debian's kernel) where the kernel's own BTF is to be had as a file only.
 /// (A guest's pages, once touched, are its hypervisor's to keep.)
 pub(crate) fn check(fault: usize) -> Result<Prototypes, Mismatch> {
     // KVM sets it to N where it is not used.
