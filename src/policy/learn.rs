@@ -47,7 +47,8 @@ pub const TRIAL_SIZE: u8 = 4;
 pub const FIRST_SIZE: u8 = 32;
 /// The same while most turn out to be out of use.
 const LARGE_TRIAL: u8 = 32;
-/// Most fields that are taken to belong together because they were first touched in one switch. More at once are those of a VMCS that is being set up, touched once and not again.
+/// Most fields that are taken to belong together because they were first touched in one switch. More at once are those
+/// of a VMCS that is being set up, touched once and not again.
 pub const COMPANIONS: usize = 16;
 /// How often a field that was there to begin with comes back with its first touch.
 pub const GIVEN: u8 = 3;
@@ -359,33 +360,25 @@ impl Learner {
         }
         if second {
             for other in family.iter() {
-                let is_plain = self
-                    .uses
-                    .get(usize::from(other))
-                    .is_some_and(|u| u.back == 0);
-                if is_plain {
-                    self.join_along(other);
-                }
+                self.join_along(other);
             }
         }
         true
     }
 
-    /// Whether another one of the `family` was touched within a window, and none of it is known for bursts.
+    /// Whether another one of the `family` was touched within a window, and neither is on trial or known for bursts.
     fn is_second_of(&self, field: u8, family: &Set) -> bool {
         let window = u32::from(self.config.window);
-        let seen = |other: u8| {
-            let Some(u) = self.uses.get(usize::from(other)) else {
-                return false;
-            };
+        let plain = |field: u8| {
+            let u = self.uses.get(usize::from(field));
+            u.filter(|u| u.back == 0 && !self.trial.has(field))
+        };
+        let seen = |u: &Use| {
             let lately = u.count != 0 && self.now.wrapping_sub(u.at) <= window;
-            lately && u.back == 0 && !u.away && !self.trial.has(other)
+            lately && !u.away
         };
-        let is_plain = |other: u8| {
-            let u = self.uses.get(usize::from(other));
-            u.is_some_and(|u| u.back == 0) && !self.trial.has(other)
-        };
-        is_plain(field) && family.iter().any(|other| other != field && seen(other))
+        let mut others = family.iter().filter(|&other| other != field);
+        plain(field).is_some() && others.any(|other| plain(other).is_some_and(seen))
     }
 
     /// `field` has joined with its second touch: so do those whose first was in the same switch as its first, unless there are
@@ -410,21 +403,22 @@ impl Learner {
             let seen_once = self
                 .uses
                 .get(usize::from(other))
-                .is_some_and(|u| u.count == 1 && u.back == 0 && !u.away);
+                .is_some_and(|u| u.count == 1 && !u.away);
             if seen_once {
                 self.join_along(other);
             }
         }
     }
 
-    /// `field` joins because another one does, if it may.
+    /// `field` joins because another one does, if it may and is not known for bursts.
     fn join_along(&mut self, field: u8) {
         if self.is_out_of_question(field) || self.room() <= 0 {
             return;
         }
-        self.learned.insert(field);
-        if let Some(u) = self.uses.get_mut(usize::from(field)) {
+        let u = self.uses.get_mut(usize::from(field));
+        if let Some(u) = u.filter(|u| u.back == 0) {
             u.away = false;
+            self.learned.insert(field);
         }
     }
 
