@@ -89,4 +89,5 @@
 	CALL(transition_flush, kvm_intel, nested_vmx_transition_tlb_flush, 3) \
 	CALL(allocate_vpid, kvm_intel, allocate_vpid, 0)		\
 	CALL(free_vpid, kvm_intel, free_vpid, 1)			\
-	CALL(sync_roots, kvm, kvm_mmu_sync_roots, 1)
+	CALL(sync_roots, kvm, kvm_mmu_sync_roots, 1)			\
+	CALL(sync_shadow, kvm_intel, nested_sync_vmcs12_to_shadow, 1)

@@ -36,7 +36,7 @@ const EXPECTED: &[Expected] = &expect! {
     vcpu_vmx {
         vcpu, vt, rflags, vmcs01, loaded_vmcs, rmode, segment_cache, nested, guest_uret_msrs,
         guest_uret_msrs_loaded,
-        msr_autoload, msr_autostore, vpid,
+        msr_autoload, msr_autostore, vpid, fail,
     }
     vmx_uret_msr { load_into_hardware }
     vmx_msrs { nr }
@@ -53,8 +53,9 @@ const EXPECTED: &[Expected] = &expect! {
         #[cfg(MTK_GVA_WALK)] pre_vmenter_bndcfgs, #[cfg(MTK_GVA_WALK)] last_vpid,
         #[cfg(MTK_GVA_WALK)] tsc_autostore_slot,
     }
-    nested_vmx_msrs { misc_low, secondary_ctls_high }
-    loaded_vmcs { vmcs, shadow_vmcs, cpu, launched, controls_shadow, msr_bitmap, nmi_known_unmasked }
+    nested_vmx_msrs { misc_low, secondary_ctls_high, vpid_caps }
+    loaded_vmcs { vmcs, shadow_vmcs, cpu, launched, controls_shadow, msr_bitmap, nmi_known_unmasked, host_state }
+    vmcs_host_state { cr4 }
     vmcs_controls_shadow { vm_entry, vm_exit, pin, exec, secondary_exec }
     vmcs12 {
         io_bitmap_a, vmcs_link_pointer, cr0_guest_host_mask, guest_cr0, host_cr0,
@@ -66,12 +67,13 @@ const EXPECTED: &[Expected] = &expect! {
     kvm_vcpu_arch {
         regs, regs_avail, cr0, cr4, efer, hflags, mmu, guest_mmu, nested_run_pending,
         reserved_gpa_bits, mmu_pte_list_desc_cache, root_mmu, regs_dirty, rip, cr0_guest_owned_bits, cr3,
-        cr4_guest_owned_bits, host_debugctl, cpu_caps, cpuid_dynamic_bits_dirty, pat,
+        cr4_guest_owned_bits, host_debugctl, cpu_caps, cpuid_dynamic_bits_dirty, pat, pmu,
         switch_db_regs, dr7, apic, apic_base, #[cfg(MTK_GVA_WALK)] gva_walk,
         #[cfg(MTK_GVA_WALK)] ngpa_walk, tsc_offset, tsc_scaling_ratio, l1_tsc_offset, l1_tsc_scaling_ratio,
-        virtual_tsc_khz, xfd_no_write_intercept, cr4_guest_rsvd_bits,
+        virtual_tsc_khz, xfd_no_write_intercept, cr4_guest_rsvd_bits, host_pkru,
         #[cfg(not(MTK_GVA_WALK))] nested_mmu, #[cfg(not(MTK_GVA_WALK))] walk_mmu,
     }
+    kvm_pmu { pmc_counting_instructions }
     kvm_lapic { pending_events, apicv_active, guest_apic_protected, highest_isr_cache, regs }
     pi_desc { pir, rsvd }
     kvm_mmu {
@@ -96,6 +98,7 @@ const EXPECTED: &[Expected] = &expect! {
     kvm_mmu_page { hash_link, tdp_mmu_page, unsync, role, gfn, spt, shadowed_translation }
     kvm_page_fault { addr, prefetch, write, present, rsvd, is_private, max_level, req_level, goal_level, gfn, slot, pfn, refcounted_page, map_writable }
     page { flags }
+    task_struct { pagefault_disabled }
     msr_data { index }
 };
 

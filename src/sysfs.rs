@@ -72,6 +72,11 @@ impl Attribute {
         Self::new(name, Kind::Knob(show, store), 0o644)
     }
 
+    /// A number of a path that only some paths have: readable by all.
+    pub(crate) const fn figure(name: &'static CStr, show: Show) -> Self {
+        Self::new(name, Kind::Knob(show, |_| Err(EPERM)), 0o444)
+    }
+
     const fn new(name: &'static CStr, kind: Kind, mode: u16) -> Self {
         // SAFETY: All-zero is valid for `attribute`: null pointers and numbers.
         let mut attr: bindings::attribute = unsafe { core::mem::zeroed() };

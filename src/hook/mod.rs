@@ -115,6 +115,7 @@ call_ids! {
     ALLOCATE_VPID = mtk_call_id_MTK_CALL_allocate_vpid;
     FREE_VPID = mtk_call_id_MTK_CALL_free_vpid;
     SYNC_ROOTS = mtk_call_id_MTK_CALL_sync_roots;
+    SYNC_SHADOW = mtk_call_id_MTK_CALL_sync_shadow;
 }
 
 static CALL_ADDRESSES: [AtomicUsize; CALLS] = [const { AtomicUsize::new(0) }; CALLS];
@@ -416,7 +417,6 @@ impl Attached {
 
         let hook = id.hook();
         hook.livepatched.store(false, Ordering::Relaxed);
-        hook.address.store(address, Ordering::Relaxed);
 
         // SAFETY: `ops` is zeroed but for `ops_func`, is not registered, and its box does not move.
         let mut ret = unsafe { bindings::ftrace_set_filter_ip(&mut *ops, address, 0, 0) };
@@ -426,7 +426,6 @@ impl Attached {
             ret = unsafe { bindings::register_ftrace_direct(&mut *ops, id.trampoline()) };
         }
         if ret != 0 {
-            hook.address.store(0, Ordering::Relaxed);
             // SAFETY: Frees the filter hash that `ftrace_set_filter_ip` may have allocated; `ops`
             // is not registered.
             unsafe { bindings::ftrace_free_filter(&mut *ops) };
@@ -436,6 +435,8 @@ impl Attached {
                 r => AttachError::Ftrace(r),
             });
         }
+        // Not before: handlers ask `is_attached`, and rely on a hook that was once there for as long as their path is on.
+        hook.address.store(address, Ordering::Relaxed);
         Ok(Self { id, ops })
     }
 

@@ -200,15 +200,15 @@ impl SrcuGuard {
     }
 
     /// `kvm_write_guest_page()`: writes a page of the VM's ordinary memory (not SMRAM) and marks it
-    /// dirty. What cannot be written is lost, as in `nested_release_vmcs12()`. May sleep.
+    /// dirty. `false`: it could not be written. May sleep.
     ///
     /// # Safety
     ///
     /// `from` is valid for reads of a page, and the current task has the VMM's address space and a vCPU
     /// of the VM loaded.
-    pub(crate) unsafe fn write_page(&self, gpa: u64, from: *const u8) {
+    pub(crate) unsafe fn write_page(&self, gpa: u64, from: *const u8) -> bool {
         // SAFETY: By this function's contract.
-        unsafe { self.write(gpa, from, 0, PAGE) };
+        unsafe { self.write(gpa, from, 0, PAGE) }
     }
 
     /// The VMCS in this page is clear from now on, as `handle_vmclear()` makes it.
@@ -216,19 +216,21 @@ impl SrcuGuard {
     /// # Safety
     ///
     /// As for `write_page`.
-    pub(crate) unsafe fn clear_launch_state(&self, gpa: u64) {
+    pub(crate) unsafe fn clear_launch_state(&self, gpa: u64) -> bool {
         let clear = 0u32;
         let from = core::ptr::from_ref(&clear).cast();
         // SAFETY: By this function's contract.
-        unsafe { self.write(gpa, from, offset_of!(bindings::vmcs12, launch_state), 4) };
+        unsafe { self.write(gpa, from, offset_of!(bindings::vmcs12, launch_state), 4) }
     }
 
     /// # Safety
     ///
     /// As for `write_page`, for as many bytes, which fit in the page.
-    unsafe fn write(&self, gpa: u64, from: *const u8, offset: usize, len: usize) {
+    unsafe fn write(&self, gpa: u64, from: *const u8, offset: usize, len: usize) -> bool {
         let (kvm, gfn) = (self.0.kvm() as usize, (gpa >> 12) as usize);
         // SAFETY: By this function's contract and under SRCU.
-        unsafe { CallId::WRITE_GUEST_PAGE.call([kvm, gfn, from as usize, offset, len]) };
+        let error =
+            unsafe { CallId::WRITE_GUEST_PAGE.call([kvm, gfn, from as usize, offset, len]) };
+        error.is_some_and(|error| error as i32 == 0)
     }
 }

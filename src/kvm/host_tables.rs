@@ -69,13 +69,8 @@ impl Drop for Quiet {
 /// Whether the protection key 0, which all but a few pages have, lets this task write (`__pkru_allows_pkey()`).
 #[inline(always)]
 fn key_0_is_open(cr4: u64) -> bool {
-    if cr4 & CR4_PKE == 0 {
-        return true;
-    }
-    let pkru: u32;
-    // SAFETY: CR4.PKE is on; ECX is 0 as the instruction wants it.
-    unsafe { asm!("rdpkru", in("ecx") 0, out("eax") pkru, out("edx") _, options(nomem, nostack)) };
-    pkru & 0b11 == 0
+    // SAFETY: CR4.PKE is on where this is executed.
+    cr4 & CR4_PKE == 0 || unsafe { vmx::rdpkru() } & 0b11 == 0
 }
 
 impl Frames {

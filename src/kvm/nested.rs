@@ -21,7 +21,7 @@ use crate::{
 use core::mem::size_of;
 
 /// CF, PF, AF, ZF, SF and OF, which VMX instructions clear when they succeed.
-const RFLAGS_STATUS: usize = 0x8d5;
+const RFLAGS_STATUS: u64 = 0x8d5;
 
 /// The kernel memory that stands for one VMCS of L1: its vmcs12 and the shadow VMCS that goes with it.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -58,7 +58,16 @@ impl Vcpu {
     pub(crate) fn vmptr_operand(self, memory: &mut GuestMemory, trail: &mut Trail) -> Option<u64> {
         // SAFETY: In a handler of an exit the exited VMCS is current.
         let info = unsafe { vmx::vmread(VMX_INSTRUCTION_INFO) }? as u32;
-        // SAFETY: As the read above has shown; every processor has these fields.
+        let address = self.operand_address(info, size_of::<u64>())?;
+        read_host_u64(self.find(address, memory, trail)?)
+    }
+
+    /// The linear address of the memory operand, of `len` bytes, of an instruction of L1 that has exited, given the
+    /// instruction information. `None` where the stock code must decide.
+    #[inline(always)]
+    pub(super) fn operand_address(self, info: u32, len: usize) -> Option<u64> {
+        // SAFETY: In a handler of an exit the exited VMCS is current, as the instruction information has shown; every
+        // processor has these fields.
         let vmread = |field| unsafe { vmx::vmread_basic(field) };
         let operand = Operand::decode(info)?;
         if read!(self, vcpu.arch.cr4) as u64 & CR4_LAM_SUP != 0 {
@@ -72,8 +81,7 @@ impl Vcpu {
                 read!(self, vcpu.arch.regs[number as usize & 0xf]) as u64
             }
         };
-        let address = operand.address(vmread(EXIT_QUALIFICATION), register)?;
-        read_host_u64(self.find(address, memory, trail)?)
+        operand.address(vmread(EXIT_QUALIFICATION), len as u64, register)
     }
 
     /// The sixteen bytes at a linear address of L1's, the descriptor of an INVEPT or INVVPID, as two words. `None` if anything
@@ -221,17 +229,19 @@ impl Vcpu {
     /// Must not be called within `state::with`: a hooked function is among those that KVM calls here.
     #[inline(always)]
     pub(crate) fn vm_succeed(self) -> Option<usize> {
-        let vcpu = self.key();
         // The operand was one of 64-bit mode, so there is no emulation of real mode.
-        let rflags = self.rflags()? as usize;
-        // SAFETY: As in KVM's own function, in a handler of an exit.
-        unsafe {
-            if rflags & RFLAGS_STATUS != 0 {
-                CallId::SET_RFLAGS.call([vcpu, rflags & !RFLAGS_STATUS])?;
-            }
-            CallId::SKIP_INSTRUCTION.call([vcpu])
+        let rflags = self.rflags()?;
+        if rflags & RFLAGS_STATUS != 0 {
+            let rflags = (rflags & !RFLAGS_STATUS) as usize;
+            // SAFETY: As in KVM's own function, in a handler of an exit.
+            unsafe { CallId::SET_RFLAGS.call([self.key(), rflags]) }?;
         }
-        .map(|handled| handled as u32 as usize)
+        if self.skip_plainly(rflags) {
+            return Some(1);
+        }
+        // SAFETY: As above.
+        unsafe { CallId::SKIP_INSTRUCTION.call([self.key()]) }
+            .map(|handled| handled as u32 as usize)
     }
 }
 

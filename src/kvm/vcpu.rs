@@ -163,9 +163,14 @@ impl Vcpu {
     /// Basic exit reason of the last VM exit (SDM appendix C).
     #[inline(always)]
     pub(crate) fn exit_reason(self) -> u16 {
+        self.full_exit_reason() as u16
+    }
+
+    /// The exit reason with all its modifiers (SDM volume 3, 26.9.1).
+    #[inline(always)]
+    pub(crate) fn full_exit_reason(self) -> u32 {
         // SAFETY: By the invariants of `Vcpu`; `exit_reason` is a union of plain integers.
-        let full: u32 = unsafe { (&raw const (*self.0).vt.exit_reason).cast::<u32>().read() };
-        full as u16
+        unsafe { (&raw const (*self.0).vt.exit_reason).cast::<u32>().read() }
     }
 
     /// Whether the last exit was a VMLAUNCH or VMRESUME.

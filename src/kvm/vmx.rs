@@ -194,26 +194,50 @@ pub(crate) unsafe fn vmwrite_basic(field: u64, value: u64) {
     }
 }
 
-/// INVVPID of all contexts (type 2): nothing tagged with any VPID but 0 is left in this CPU's TLB. `false` on VMfail.
+/// INVVPID of this type (SDM volume 3, 32.3); `false` on VMfail, which a type that the processor lacks is.
 ///
 /// # Safety
 ///
-/// As for [`vmread`]; the processor has this type.
-pub(crate) unsafe fn invvpid_all() -> bool {
-    let descriptor = [0u64; 2];
+/// As for [`vmread`]; the processor has INVVPID.
+#[inline(always)]
+pub(crate) unsafe fn invvpid(kind: u64, vpid: u16, linear: u64) -> bool {
+    let descriptor = [u64::from(vpid), linear];
     let failed: u8;
     // SAFETY: By this function's contract INVVPID does not fault; it reads the descriptor and changes RFLAGS.
     unsafe {
         asm!(
             "invvpid {kind}, xmmword ptr [{descriptor}]",
             "setbe {failed}",
-            kind = in(reg) 2u64,
+            kind = in(reg) kind,
             descriptor = in(reg) &descriptor,
             failed = out(reg_byte) failed,
             options(nostack),
         );
     }
     failed == 0
+}
+
+/// INVVPID of all contexts (type 2): nothing tagged with any VPID but 0 is left in this CPU's TLB. `false` on VMfail.
+///
+/// # Safety
+///
+/// As for [`invvpid`].
+pub(crate) unsafe fn invvpid_all() -> bool {
+    // SAFETY: By this function's contract.
+    unsafe { invvpid(2, 0, 0) }
+}
+
+/// RDPKRU: the rights by protection keys that are in force.
+///
+/// # Safety
+///
+/// CR4.PKE is on.
+#[inline(always)]
+pub(crate) unsafe fn rdpkru() -> u32 {
+    let pkru: u32;
+    // SAFETY: By this function's contract; ECX is 0 as the instruction wants it.
+    unsafe { asm!("rdpkru", in("ecx") 0, out("eax") pkru, out("edx") _, options(nomem, nostack)) };
+    pkru
 }
 
 /// RDMSR.

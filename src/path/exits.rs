@@ -83,6 +83,12 @@ pub(crate) fn set_counting(on: bool) {
     COUNTING.store(on, Ordering::Relaxed);
 }
 
+/// Whether they are counted, which takes that they come to vmx_handle_exit().
+#[inline(always)]
+pub(super) fn is_counting() -> bool {
+    COUNTING.load(Ordering::Relaxed)
+}
+
 /// Handler of vmx_handle_exit(): counts and lets the stock function run.
 #[no_mangle]
 extern "C" fn mtk_on_handle_exit(

@@ -15,6 +15,7 @@ pub(crate) mod l2fields;
 pub(crate) mod learned;
 pub(crate) mod nested_switch;
 pub(crate) mod prefault;
+mod run;
 pub(crate) mod vmptrld;
 
 use crate::{
@@ -148,6 +149,8 @@ pub(crate) struct Counters {
     pub(crate) mismatches: Count,
     /// Exits into L0 that did not happen because of the path.
     pub(crate) saved_exits: Count,
+    /// Of those taken, exits that were answered behind the VM exit (see `vmptrld::fast`).
+    pub(crate) reentered: Count,
     /// Calls left to the stock code, by reason.
     pub(crate) fallbacks: [Count; MAX_REASONS],
 }
@@ -159,6 +162,7 @@ impl Counters {
             checked: Count::new(),
             mismatches: Count::new(),
             saved_exits: Count::new(),
+            reentered: Count::new(),
             fallbacks: [const { Count::new() }; MAX_REASONS],
         }
     }
@@ -178,6 +182,7 @@ impl Counters {
                 &self.checked,
                 &self.mismatches,
                 &self.saved_exits,
+                &self.reentered,
             ]
             .into_iter(),
             self.fallbacks.iter(),

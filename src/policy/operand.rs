@@ -50,9 +50,9 @@ impl Operand {
     }
 
     /// The linear address, given the displacement (the exit qualification) and the registers. `None` if
-    /// it is not canonical or eight bytes from it on do not fit in its page.
+    /// it is not canonical or `len` bytes from it on do not fit in its page.
     #[inline(always)]
-    pub fn address(self, displacement: u64, register: impl Fn(u8) -> u64) -> Option<u64> {
+    pub fn address(self, displacement: u64, len: u64, register: impl Fn(u8) -> u64) -> Option<u64> {
         let mut address = displacement;
         if let Some(base) = self.base {
             address = address.wrapping_add(register(base));
@@ -60,7 +60,7 @@ impl Operand {
         if let Some(index) = self.index {
             address = address.wrapping_add(register(index) << self.scaling);
         }
-        is_plain_address(address, 8).then_some(address)
+        is_plain_address(address, len).then_some(address)
     }
 }
 
@@ -242,17 +242,17 @@ mod tests {
     fn an_operand_on_the_stack() {
         let operand = Operand::decode(RSP_BASED).unwrap();
         let regs = |n: u8| u64::from(n == 4) * 0xffff_8880_0000_1000;
-        assert_eq!(operand.address(8, regs), Some(0xffff_8880_0000_1008));
-        assert_eq!(operand.address(0xff8, regs), Some(0xffff_8880_0000_1ff8));
-        assert_eq!(operand.address(0xff9, regs), None);
-        assert_eq!(operand.address(8, |_| 1 << 50), None);
+        assert_eq!(operand.address(8, 8, regs), Some(0xffff_8880_0000_1008));
+        assert_eq!(operand.address(0xff8, 8, regs), Some(0xffff_8880_0000_1ff8));
+        assert_eq!(operand.address(0xff9, 8, regs), None);
+        assert_eq!(operand.address(8, 8, |_| 1 << 50), None);
     }
 
     #[test]
     fn scaled_index() {
         let operand = Operand::decode(2 << 7 | 3 | 3 << 18 | 1 << 27).unwrap();
         assert_eq!(
-            operand.address(0x100, |n| u64::from(n) * 16),
+            operand.address(0x100, 8, |n| u64::from(n) * 16),
             Some(0x100 + (48 << 3))
         );
     }

@@ -37,6 +37,8 @@ pub const EFER_LMA: u64 = 1 << 10;
 /// IA32_EFER.NXE: bit 63 of a paging-structure entry is not reserved.
 pub const EFER_NX: u64 = 1 << 11;
 
+/// RFLAGS.TF: a trap after each instruction.
+pub const RFLAGS_TF: u64 = 1 << 8;
 /// RFLAGS.IF: interrupts are on.
 pub const RFLAGS_IF: u64 = 1 << 9;
 /// RFLAGS.VM: virtual-8086 mode.

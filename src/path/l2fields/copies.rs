@@ -284,5 +284,11 @@ pub(in crate::path) fn suspect(vcpu: Vcpu, local: &mut Local, before: u64) {
 /// What is known of the vCPU's copy may not be true any more: L1 executes VMCLEAR or VMXOFF, or the vCPU leaves KVM_RUN.
 #[inline(always)]
 pub(in crate::path) fn forget(vcpu: Vcpu) {
-    state::with(vcpu, |local, _| local.l2fields.known.forget());
+    state::with(vcpu, |local, _| forget_in(local));
+}
+
+/// As `forget`, within `state::with`.
+#[inline(always)]
+pub(in crate::path) fn forget_in(local: &mut Local) {
+    local.l2fields.known.forget();
 }

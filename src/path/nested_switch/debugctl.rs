@@ -104,20 +104,12 @@ fn close(vcpu: Vcpu) {
     });
 }
 
-/// Handler of vmx_vcpu_run(), with interrupts off: what the host has in its own register is settled.
-#[no_mangle]
-extern "C" fn mtk_on_vcpu_run(
-    raw: *mut bindings::kvm_vcpu,
-    _flags: u64,
-    _cont: Continuation,
-) -> Verdict {
-    // SAFETY: The hooked function's own argument, in its handler.
-    let vcpu = unsafe { Vcpu::from_hook(raw) };
-    super::vpids::before_run(vcpu);
+/// In the handler of vmx_vcpu_run(), with interrupts off: what the host has in its own register is settled.
+#[inline(always)]
+pub(super) fn before_run(vcpu: Vcpu) {
     if vcpu.host_owns_debugctl() || mode() != Mode::On {
         close(vcpu);
     }
-    Verdict::STOCK
 }
 
 /// Handler of vmx_set_msr().

@@ -200,6 +200,13 @@ pub(super) fn leave(vcpu: Vcpu) {
     }
 }
 
+/// In the handler of vmx_vcpu_run(), with interrupts off.
+#[inline(always)]
+pub(super) fn before_run(vcpu: Vcpu) {
+    vpids::before_run(vcpu);
+    debugctl::before_run(vcpu);
+}
+
 fn drain() {
     super::drain::wait_until_none(&[HookId::GET_PAGES, HookId::SYNC_VMCS02], |counters| {
         counters.nested_switch.pages.is_holding()

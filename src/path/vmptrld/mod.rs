@@ -21,6 +21,7 @@
 //! Needs the path `fields`, whose copies it saves and whose lists say what a shadow VMCS carries.
 
 mod descriptor;
+pub(super) mod fast;
 mod regions;
 pub(super) mod roots;
 
@@ -38,6 +39,7 @@ use crate::{
     },
     policy::mode::Mode,
     state,
+    sysfs::Attribute,
 };
 use core::sync::atomic::{AtomicBool, Ordering};
 use kernel::{c_str, prelude::*};
@@ -57,7 +59,7 @@ pub(super) const PATH: Path = Path {
         HookId::READ_VIRT,
     ],
     guest_hooks: &[],
-    extra_hooks: &[HookId::NEW_EPTP],
+    extra_hooks: &[HookId::NEW_EPTP, HookId::VCPU_RUN],
     calls: &[
         CallId::WAKE_UP,
         CallId::LOAD_VMCS,
@@ -70,12 +72,17 @@ pub(super) const PATH: Path = Path {
         CallId::GFN_TO_MEMSLOT,
         CallId::WRITE_GUEST_PAGE,
         CallId::SYNC_ROOTS,
+        CallId::SYNC_SHADOW,
     ],
     drain: Some(drain),
     drain_hooks: &[HookId::HANDLE_EXIT],
     reasons: &["not_extended", "operand", "invalid", "no_memory"],
-    knobs: &[],
+    knobs: &FILES,
 };
+
+static FILES: [Attribute; 1] = [Attribute::figure(c"reentered", |out| {
+    writeln!(out, "{}", super::total(NUMBER).reentered.get())
+})];
 
 /// Why a VMPTRLD or VMCLEAR was left to the stock code; names in `PATH.reasons`.
 #[derive(Clone, Copy)]
@@ -119,36 +126,58 @@ fn is_able(vcpu: Vcpu, counters: &CounterSet) -> bool {
         && vcpu.pages().is_some()
 }
 
-/// VMPTRLD by L1. On `Err` nothing has changed.
+/// The address that the operand of a VMPTRLD or VMCLEAR of L1 names, if the path is able to carry it out.
 ///
 /// # Safety
 ///
-/// In the handler of handle_vmptrld().
+/// L1 has just exited by the instruction; KVM's SRCU lock is held.
 #[inline(always)]
-unsafe fn load(vcpu: Vcpu, local: &mut Local, counters: &CounterSet) -> Result<(), Reason> {
+unsafe fn operand(
+    vcpu: Vcpu,
+    memory: &mut GuestMemory,
+    local: &mut Local,
+    counters: &CounterSet,
+) -> Result<u64, Reason> {
     if !is_able(vcpu, counters) || local.fields.is_checking() {
         return Err(Reason::NotExtended);
     }
-    let mut copier = Copier::new(vcpu, &mut local.fields, counters);
-    // SAFETY: By this function's contract.
-    let mut memory = unsafe { GuestMemory::new(vcpu) };
     let vmptr = vcpu
-        .vmptr_operand(&mut memory, &mut local.regions.trail)
+        .vmptr_operand(memory, &mut local.regions.trail)
         .ok_or(Reason::Operand)?;
     // First: the mark for "no current VMCS" is no address, but a guest may well name it.
     if !vcpu.is_page_address(vmptr) || vmptr == vcpu.vmxon_ptr() {
         return Err(Reason::Invalid);
     }
-    if vmptr == vcpu.current_vmptr() {
-        return Ok(());
+    Ok(vmptr)
+}
+
+/// VMPTRLD by L1 of a VMCS that is kept in slot `at`, or in none. On `Err` nothing has changed.
+///
+/// # Safety
+///
+/// As for `operand`, which gave `vmptr`.
+#[inline(always)]
+unsafe fn load(
+    vcpu: Vcpu,
+    vmptr: u64,
+    at: Option<usize>,
+    memory: &mut GuestMemory,
+    local: &mut Local,
+    counters: &CounterSet,
+) -> Result<(), Reason> {
+    let before = vcpu.current_vmptr();
+    if vmptr != before {
+        let mut copier = Copier::new(vcpu, &mut local.fields, counters);
+        let at = match at {
+            Some(at) => at,
+            // SAFETY: By this function's contract.
+            None => unsafe { fetch(vmptr, memory, &mut local.regions, &mut copier)? },
+        };
+        // SAFETY: By this function's contract; everything else was looked at above.
+        unsafe { local.regions.swap(at, vmptr, &mut copier) }.ok_or(Reason::NoMemory)?;
     }
-    let at = match local.regions.position(vmptr) {
-        Some(at) => at,
-        // SAFETY: By this function's contract.
-        None => unsafe { fetch(vmptr, &mut memory, &mut local.regions, &mut copier)? },
-    };
-    // SAFETY: By this function's contract; everything else was looked at above.
-    unsafe { local.regions.swap(at, vmptr, &mut copier) }.ok_or(Reason::NoMemory)
+    copies::suspect(vcpu, local, before);
+    Ok(())
 }
 
 /// Reads a VMCS from guest memory into a slot of its own.
@@ -182,44 +211,76 @@ unsafe fn fetch(
 ///
 /// # Safety
 ///
-/// In the handler of handle_vmclear().
+/// As for `operand`, which gave `vmptr`.
 #[inline(always)]
-unsafe fn clear(vcpu: Vcpu, local: &mut Local, counters: &CounterSet) -> Result<(), Reason> {
-    if !is_able(vcpu, counters) || local.fields.is_checking() {
-        return Err(Reason::NotExtended);
-    }
-    let mut copier = Copier::new(vcpu, &mut local.fields, counters);
-    // SAFETY: By this function's contract.
-    let mut memory = unsafe { GuestMemory::new(vcpu) };
-    let vmptr = vcpu
-        .vmptr_operand(&mut memory, &mut local.regions.trail)
-        .ok_or(Reason::Operand)?;
-    if !vcpu.is_page_address(vmptr) || vmptr == vcpu.vmxon_ptr() {
-        return Err(Reason::Invalid);
-    }
-    let pages = vcpu.pages().ok_or(Reason::NotExtended)?;
-    if vmptr != vcpu.current_vmptr() {
-        let srcu = SrcuGuard::take(vcpu);
-        // SAFETY: By this function's contract.
+unsafe fn clear(
+    vcpu: Vcpu,
+    vmptr: u64,
+    local: &mut Local,
+    counters: &CounterSet,
+) -> Result<(), Reason> {
+    if vmptr == vcpu.current_vmptr() {
+        // SAFETY: By this function's contract. What cannot be written is lost, as in nested_release_vmcs12().
         unsafe {
-            if let Some(at) = local.regions.position(vmptr) {
-                local.regions.evict(at, &mut copier, &srcu);
-            }
-            srcu.clear_launch_state(vmptr);
+            write_current(vcpu, vmptr, local, counters)?;
+            drop_current(vcpu, local);
         }
         return Ok(());
     }
-    // What nested_release_vmcs12() and handle_vmclear() do, in their order.
+    let mut copier = Copier::new(vcpu, &mut local.fields, counters);
+    let srcu = SrcuGuard::take(vcpu);
+    // SAFETY: By this function's contract.
+    unsafe {
+        if let Some(at) = local.regions.position(vmptr) {
+            local.regions.evict(at, &mut copier, &srcu);
+        }
+        srcu.clear_launch_state(vmptr);
+    }
+    Ok(())
+}
+
+/// Writes the current VMCS to its place in guest memory, clear. `Ok(false)`: it cannot be written.
+///
+/// # Safety
+///
+/// As for `clear`; `vmptr` is the current VMCS's address.
+#[inline(always)]
+unsafe fn write_current(
+    vcpu: Vcpu,
+    vmptr: u64,
+    local: &mut Local,
+    counters: &CounterSet,
+) -> Result<bool, Reason> {
+    let copier = Copier::new(vcpu, &mut local.fields, counters);
+    let pages = vcpu.pages().ok_or(Reason::NotExtended)?;
+    // What nested_release_vmcs12() and handle_vmclear() write.
     // SAFETY: By this function's contract; the pages are whole and the current VMCS's.
     unsafe {
         copier.fields.quietly(|| vcpu.fetch_late_fields());
         copier.fields.make_vmcs12_newer(vcpu, copier.count);
-        copier.fields.quietly(|| vcpu.drop_current_vmptr(true));
-        (&raw mut (*pages.vmcs12).launch_state).write_unaligned(0);
-        SrcuGuard::take(vcpu).write_page(vmptr, pages.vmcs12.cast());
+        let launch_state = &raw mut (*pages.vmcs12).launch_state;
+        let was = launch_state.read_unaligned();
+        launch_state.write_unaligned(0);
+        let written = SrcuGuard::take(vcpu).write_page(vmptr, pages.vmcs12.cast());
+        if !written {
+            // It is still L1's, if the caller does not go on.
+            launch_state.write_unaligned(was);
+        }
+        Ok(written)
     }
+}
+
+/// There is no current VMCS any more; it is in guest memory.
+///
+/// # Safety
+///
+/// As for `clear`.
+#[inline(always)]
+unsafe fn drop_current(vcpu: Vcpu, local: &mut Local) {
+    // SAFETY: By this function's contract.
+    let drop = || unsafe { vcpu.drop_current_vmptr(true) };
+    local.fields.quietly(drop);
     local.regions.roots.keep(vcpu);
-    Ok(())
 }
 
 /// Writes everything that is kept back to guest memory.
@@ -261,6 +322,7 @@ fn handle(
             Ok(()) => {
                 count.taken.bump();
                 local.regions.publish(&counters.vmptrld);
+                local.regions.hope.rise();
                 true
             }
             Err(reason) => {
@@ -360,10 +422,13 @@ fn report(counters: &Counters, vmptr: u64, stock: u64) {
 extern "C" fn mtk_on_handle_vmptrld(raw: *mut bindings::kvm_vcpu, cont: Continuation) -> Verdict {
     let mut loaded = false;
     let act = |vcpu: Vcpu, local: &mut Local, counters: &CounterSet| {
-        let before = vcpu.current_vmptr();
         // SAFETY: In this very handler.
-        unsafe { load(vcpu, local, counters)? };
-        copies::suspect(vcpu, local, before);
+        unsafe {
+            let mut memory = GuestMemory::new(vcpu);
+            let vmptr = operand(vcpu, &mut memory, local, counters)?;
+            let at = local.regions.position(vmptr);
+            load(vcpu, vmptr, at, &mut memory, local, counters)?;
+        }
         loaded = true;
         Ok(())
     };
@@ -384,7 +449,10 @@ extern "C" fn mtk_on_handle_vmclear(raw: *mut bindings::kvm_vcpu, cont: Continua
     copies::forget(unsafe { Vcpu::from_hook(raw) });
     let act = |vcpu: Vcpu, local: &mut Local, counters: &CounterSet| {
         // SAFETY: In this very handler.
-        unsafe { clear(vcpu, local, counters) }
+        unsafe {
+            let vmptr = operand(vcpu, &mut GuestMemory::new(vcpu), local, counters)?;
+            clear(vcpu, vmptr, local, counters)
+        }
     };
     handle(raw, HookId::HANDLE_VMCLEAR, cont, act)
 }

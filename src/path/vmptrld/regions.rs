@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The VMCSs of L1 that are not current and are kept loaded all the same.
 
-use super::{roots::OldRoots, Shared};
+use super::{fast::Hope, roots::OldRoots, Shared};
 use crate::{
     alloc, bindings,
     kvm::{
@@ -101,6 +101,8 @@ pub(crate) struct Regions {
     pub(super) trail: Trail,
     /// Where the last descriptor of an INVEPT or INVVPID was.
     pub(super) descriptor: Trail,
+    /// Whether L1's next exits may be for [`super::fast`].
+    pub(super) hope: Hope,
 }
 
 /// What copying between a shadow VMCS and its vmcs12 takes.
@@ -143,7 +145,14 @@ impl Regions {
         roots: OldRoots::NONE,
         trail: Trail::NONE,
         descriptor: Trail::NONE,
+        hope: Hope::NONE,
     };
+
+    /// Whether a VMCS that is not kept has a place to go to: `make_room` has nothing to allocate or write then.
+    pub(super) fn has_room(&self) -> bool {
+        let mut both = self.vmptrs.iter().zip(&self.slots);
+        both.any(|(&vmptr, slot)| vmptr == NONE && slot.pages.is_some())
+    }
 
     /// The slot that has this VMCS.
     #[inline(always)]
@@ -302,6 +311,7 @@ impl Regions {
                 if slot.shadow_newer {
                     copier.settle(pages.0);
                 }
+                // What cannot be written is lost, as in nested_release_vmcs12().
                 srcu.write_page(vmptr, pages.0.vmcs12.cast());
             }
         }

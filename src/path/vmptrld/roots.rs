@@ -53,6 +53,12 @@ impl OldRoots {
         self.kept
     }
 
+    /// Whether `keep` has roots to drop, and may sleep.
+    #[inline(always)]
+    pub(super) fn would_drop(vcpu: Vcpu) -> bool {
+        vcpu.has_guest_mmu_roots() && !HookId::NEW_EPTP.is_attached()
+    }
+
     /// Another VMCS becomes current, or none. May sleep.
     #[inline(always)]
     pub(super) fn keep(&mut self, vcpu: Vcpu) {
