@@ -7,7 +7,7 @@
 . "$(dirname "$0")/lib.sh"
 
 # Not those about the checks of entry, about events one by one, and about each combination of rights and flags in EPT12.
-DEEP=instructions,fields,exits,memory,turns,launches,shadowing,links,copies,pages,ept_around,ept_roots,ept_resume,ept_walks,ept_pages,ept_beside
+DEEP=instructions,operands,fields,exits,memory,turns,launches,shadowing,links,copies,pages,ept_around,ept_roots,ept_resume,ept_walks,ept_pages,ept_beside
 
 depths=${MATRYOSHKA_PROBE_DEPTHS:-1 2}
 
@@ -40,7 +40,7 @@ set -- $depths
 cases=0
 for depth; do
 	cases=$((cases + 6))
-	! all_at "$depth" || cases=$((cases + 6))
+	! all_at "$depth" || cases=$((cases + 7))
 done
 plan $((cases + 6))
 for depth; do
@@ -71,6 +71,7 @@ for depth; do
 		check "depth $depth: it runs with detours" detoured "$depth"
 		check "depth $depth: the same with detours" same_log "$TMP/$depth/stock.log" "$TMP/$depth/detour/l0.log"
 		check "depth $depth: there were detours" at_least detours 1 "$(detours)"
+		check "depth $depth: exits were answered in KVM's inner loop" at_least reentered 100 "$(cat "$SYS/paths/vmptrld/reentered")"
 	fi
 	check "depth $depth: no mismatch in the end" equal mismatches 0 "$(mismatches)"
 	! loaded || unload

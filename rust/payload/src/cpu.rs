@@ -191,6 +191,14 @@ pub fn selectors() -> [u64; 5] {
     [es, ss, ds, fs, gs]
 }
 
+/// DR6.
+pub fn dr6() -> u64 {
+    let value;
+    // SAFETY: reads a register.
+    unsafe { asm!("mov {}, dr6", out(reg) value, options(nostack)) };
+    value
+}
+
 /// DR7.
 pub fn dr7() -> u64 {
     let value;

@@ -18,6 +18,8 @@ pub const CODE: u16 = 0x08;
 pub const DATA: u16 = 0x10;
 /// Selector of the task state segment.
 pub const TSS: u16 = 0x18;
+/// RFLAGS: a trap behind each instruction.
+const TF: u64 = 1 << 8;
 /// #UD.
 pub const UD: u64 = 6;
 /// #GP.
@@ -129,6 +131,8 @@ extern "C" fn trap_handler(frame: &mut Frame) {
     };
     if resume != 0 {
         frame.rip = resume;
+        // A trap behind one instruction, not behind each from here on.
+        frame.rflags &= !TF;
         return;
     }
     error!(

@@ -23,6 +23,7 @@ mod interrupts;
 mod launches;
 mod links;
 mod model;
+mod operands;
 mod pages;
 mod pair;
 mod pdptes;
@@ -49,6 +50,10 @@ const GROUPS: &[Group] = &[
     Group {
         name: "instructions",
         run: |_| instructions::run(),
+    },
+    Group {
+        name: "operands",
+        run: operands::run,
     },
     Group {
         name: "fields",
