@@ -17,6 +17,15 @@ extern "C" fn mtk_on_vcpu_run(
 ) -> Verdict {
     // SAFETY: The hooked function's own argument, in its handler.
     let vcpu = unsafe { Vcpu::from_hook(raw) };
-    nested_switch::before_run(vcpu);
+    // A function of its own, so that this one, which each exit pays for, keeps nothing over a call.
+    if nested_switch::has_to_settle(vcpu) {
+        return settle_and_run(vcpu, flags, cont);
+    }
+    fast::run(vcpu, flags, cont)
+}
+
+#[inline(never)]
+fn settle_and_run(vcpu: Vcpu, flags: u64, cont: Continuation) -> Verdict {
+    nested_switch::settle(vcpu);
     fast::run(vcpu, flags, cont)
 }

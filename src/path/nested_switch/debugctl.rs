@@ -104,10 +104,16 @@ fn close(vcpu: Vcpu) {
     });
 }
 
-/// In the handler of vmx_vcpu_run(), with interrupts off: what the host has in its own register is settled.
+/// In the handler of vmx_vcpu_run(), with interrupts off: what the host has in its own register is settled. Whether reads
+/// must exit.
 #[inline(always)]
+pub(super) fn must_close(vcpu: Vcpu) -> bool {
+    vcpu.host_owns_debugctl() || mode() != Mode::On
+}
+
+/// At that place, has them exit if they must.
 pub(super) fn before_run(vcpu: Vcpu) {
-    if vcpu.host_owns_debugctl() || mode() != Mode::On {
+    if must_close(vcpu) {
         close(vcpu);
     }
 }

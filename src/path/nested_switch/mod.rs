@@ -200,9 +200,14 @@ pub(super) fn leave(vcpu: Vcpu) {
     }
 }
 
-/// In the handler of vmx_vcpu_run(), with interrupts off.
+/// In the handler of vmx_vcpu_run(), with interrupts off. Whether to call `settle`.
 #[inline(always)]
-pub(super) fn before_run(vcpu: Vcpu) {
+pub(super) fn has_to_settle(vcpu: Vcpu) -> bool {
+    vpids::are_worthwhile() || debugctl::must_close(vcpu)
+}
+
+/// Settles what is to be before the guest runs.
+pub(super) fn settle(vcpu: Vcpu) {
     vpids::before_run(vcpu);
     debugctl::before_run(vcpu);
 }

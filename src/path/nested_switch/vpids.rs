@@ -244,10 +244,15 @@ extern "C" fn mtk_on_flush_guest(raw: *mut bindings::kvm_vcpu, _cont: Continuati
     }
 }
 
-/// In the handler of vmx_vcpu_run(), with interrupts off.
+/// Whether anything is done here at all.
 #[inline(always)]
+pub(super) fn are_worthwhile() -> bool {
+    WORTHWHILE.load(Ordering::Relaxed)
+}
+
+/// In the handler of vmx_vcpu_run(), with interrupts off.
 pub(super) fn before_run(vcpu: Vcpu) {
-    if WORTHWHILE.load(Ordering::Relaxed) {
+    if are_worthwhile() {
         state::with(vcpu, |local: &mut Local, _| {
             // SAFETY: The current VMCS is about to run; what is old has had a VPID.
             unsafe { local.nested_switch.vpids.settle(vcpu) };

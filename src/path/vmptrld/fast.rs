@@ -49,9 +49,11 @@ impl Hope {
     /// L1 is about to run. Whether to look at its exit.
     #[inline(always)]
     fn spend(&mut self) -> bool {
-        let some = self.0 != 0;
-        self.0 -= u8::from(some);
-        some
+        if self.0 == 0 {
+            return false;
+        }
+        self.0 = self.0.wrapping_sub(1);
+        true
     }
 }
 
@@ -62,7 +64,8 @@ pub(in crate::path) fn run(vcpu: Vcpu, flags: u64, cont: Continuation) -> Verdic
     if cfg!(CONFIG_PREEMPT_RT) || vcpu.guest_mode() || !vcpu.vmxon() || mode() != Mode::On {
         return Verdict::STOCK;
     }
-    if state::with(vcpu, |local, _| local.regions.hope.spend()) != Some(true) {
+    let hopes = state::with(vcpu, |local, _| local.regions.hope.spend());
+    if hopes != Some(true) {
         return Verdict::STOCK;
     }
     // SAFETY: In this very handler.
