@@ -9,14 +9,19 @@
 # Exit status: 0 none failed, 1 some failed, 2 wrong usage, 4 all were skipped.
 
 here=$(cd -- "$(dirname -- "$0")" && pwd)
-all="load sysfs layout accounting kvm_reload coexist livepatch probe fuzz ept02 memory save_restore transport kvm_selftests stress smp pair alloc host kmemleak"
+
+# all_tests: their names, one a line.
+all_tests() {
+	sed -n 's/^TEST_PROGS := //p' "$here/Makefile" 2>/dev/null | tr ' ' '\n' | sed 's/\.sh$//' | grep . ||
+		{ echo "run_tests.sh: no list of tests: $here/Makefile is missing or has no TEST_PROGS" >&2; return 2; }
+}
 
 case ${1:-} in
 -h | --help) sed -n '4,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
--l) echo "$all" | tr ' ' '\n'; exit 0 ;;
+-l) all_tests; exit ;;
 -*) echo "run_tests.sh: no such option: $1" >&2; exit 2 ;;
 esac
-[ $# -gt 0 ] || { # shellcheck disable=SC2086 # words
+[ $# -gt 0 ] || { all=$(all_tests) || exit; # shellcheck disable=SC2086 # words
 	set -- $all; }
 for name; do
 	[ -f "$here/${name%.sh}.sh" ] || { echo "run_tests.sh: no such test: $name; -l lists them" >&2; exit 2; }
