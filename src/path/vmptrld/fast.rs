@@ -3,7 +3,7 @@
 //!
 //! Stock KVM answers a few kinds of exits right behind the VM exit, with interrupts still off, and has vcpu_enter_guest() run the
 //! guest again at once (its *fast path*: a write of the TSC deadline, HLT with an interrupt waiting). That saves it the
-//! way out to where every exit is handled and in again, some 800 instructions. What this path does for these three is
+//! way out to where every exit is handled and in again. What this path does for these three is
 //! as short as what stock does there, and a KVM in the middle of a stack executes a dozen of them for each exit of its guest's guest.
 //!
 //! Only what cannot fail to be ready is done here: no allocation, no page that would have to be fetched, no roots to free, and no VMCS of

@@ -60,7 +60,8 @@ impl fmt::Display for Done {
 /// what is in the register operand if there is one.
 type Form = fn(u64, u64, u64) -> Done;
 
-/// `$operand` may use the registers `base` (the operand's address) and `index` (an eighth of it), and their lower halves.
+/// `$operand` may use the registers `base` (the operand's address), `index` (an eighth of it) and `below` (0x140 less), and their
+/// lower halves.
 macro_rules! form {
     ($instruction:literal, $operand:literal) => {
         |set: u64, place: u64, kind: u64| {
@@ -76,13 +77,14 @@ macro_rules! form {
                     ),
                     "pushfq",
                     "pop {flags}",
-                    "/* {kind} {base} {base:e} {index} */",
+                    "/* {kind} {base} {base:e} {index} {below} */",
                     guard = sym trap::GUARD,
                     scratch = out(reg) _,
                     set = in(reg) set,
                     flags = lateout(reg) flags,
                     base = in(reg) place,
                     index = in(reg) place / 8,
+                    below = in(reg) place.wrapping_sub(0x140),
                     kind = in(reg) kind,
                 );
             }
@@ -95,7 +97,7 @@ macro_rules! forms {
     ($($instruction:literal)*) => {
         [$([
             ("plain", form!($instruction, "[{base}]") as Form),
-            ("displacement", form!($instruction, "[{base} + 0x1000 - 0x1000]")),
+            ("displacement", form!($instruction, "[{below} + 0x140]")),
             ("index", form!($instruction, "[{index} * 8]")),
             ("32-bit address", form!($instruction, "[{base:e}]")),
             ("GS", form!($instruction, "gs:[{base}]")),
