@@ -90,4 +90,5 @@
 	CALL(allocate_vpid, kvm_intel, allocate_vpid, 0)		\
 	CALL(free_vpid, kvm_intel, free_vpid, 1)			\
 	CALL(sync_roots, kvm, kvm_mmu_sync_roots, 1)			\
-	CALL(sync_shadow, kvm_intel, nested_sync_vmcs12_to_shadow, 1)
+	CALL(sync_shadow, kvm_intel, nested_sync_vmcs12_to_shadow, 1)	\
+	CALL(inject_ept_fault, kvm_intel, nested_ept_inject_page_fault, 3)

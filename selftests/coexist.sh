@@ -1,6 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0
-# The function tracer and kprobes on the functions that the module hooks: everybody sees every call.
+# The function tracer and kprobes on the functions that the module hooks: everybody sees every call. Listeners to KVM's
+# tracepoints in what it answers: they hear of everything.
 . "$(dirname "$0")/lib.sh"
 
 FUNCTIONS='nested_vmx_check_controls nested_vmx_check_host_state nested_vmx_check_guest_state __vmx_guest_state_valid vmx_handle_exit'
@@ -44,11 +45,30 @@ works() {
 	at_least taken $((_taken + 100)) "$(counter taken)" && at_least 'traced calls' "$1" "$(seen nested_vmx_check_controls)"
 }
 
+# listen ON EVENT...: to tracepoints of KVM, or not any more.
+listen() {
+	_on=$1
+	shift
+	for _event; do echo "$_on" >"$INSTANCE/events/$_event/enable" || return 1; done
+}
+
+reflected() { cat "$SYS/paths/prefault/reflected"; }
+
+# heard EVENT CALLS OPS: so many events at least while a guest does this.
+heard() {
+	clear_trace
+	guest 1 "ops=$3" || return 1
+	at_least "$1" "$2" "$(seen "$1:")"
+}
+
+# The child's first touch of pages, each of which goes to its parent.
+FAULTS=touch_reflected/sequential:256x1
+
 begin
 need_guest
 [ -f $TRACING/available_filter_functions ] || skip_all "no function tracer (CONFIG_FUNCTION_TRACER, tracefs mounted)"
 [ -f $TRACING/kprobe_events ] || skip_all "no kprobe events (CONFIG_KPROBE_EVENTS)"
-plan 13
+plan 19
 
 check "the function tracer goes on stock functions" trace_on
 check "the module attaches beside it" load paths=1
@@ -69,4 +89,18 @@ check "both see every call again" works 100
 trace_off
 clear_trace
 check "the module works on without the tracer" works 0
+check "a listener to nested entries" listen 1 kvm/kvm_nested_vmenter
+check "hears of each" heard kvm_nested_vmenter 100 hypercall:100
+listen 0 kvm/kvm_nested_vmenter
+check "one to faults in the guest's tables" listen 1 kvmmmu/kvm_mmu_walker_error
+before=$(reflected)
+check "hears of each" heard kvm_mmu_walker_error 256 $FAULTS
+check "none of them went another way" equal reflected "$before" "$(reflected)"
+listen 0 kvmmmu/kvm_mmu_walker_error
+guest 1 ops=$FAULTS >/dev/null
+if is_before 7 3; then
+	skip "as they do when nobody listens" "kernels before 7.3 walk EPT12 at each fault, as stock does"
+else
+	check "as they do when nobody listens" at_least reflected $((before + 200)) "$(reflected)"
+fi
 finish

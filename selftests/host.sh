@@ -203,7 +203,11 @@ happened merge 1
 happens=hit
 if grep -q core /sys/power/pm_test 2>/dev/null && grep -qw mem /sys/power/state; then
 	PM_TEST=$(sed -n 's/.*\[\(.*\)\].*/\1/p' /sys/power/pm_test) PM_TEST_DELAY=$(cat $PM_DELAY)
-	echo core >/sys/power/pm_test
+	# As far as the last processor and KVM's own hook, or, where there is no suspend to memory, as far as idling goes.
+	case $(cat /sys/power/mem_sleep 2>/dev/null) in
+	'[s2idle]') echo platform >/sys/power/pm_test ;;
+	*) echo core >/sys/power/pm_test ;;
+	esac
 	echo 0 >$PM_DELAY
 	happens="$happens suspend"
 fi

@@ -185,6 +185,13 @@ mismatches() {
 
 state_is() { grep -q "^$1" "$CHECKS/state" || { cat "$CHECKS/state"; return 1; }; }
 
+# is_before MAJOR MINOR: whether the kernel is older.
+is_before() {
+	_version=$(uname -r)
+	_minor=${_version#*.}
+	[ "${_version%%.*}" -lt "$1" ] || { [ "${_version%%.*}" -eq "$1" ] && [ "${_minor%%[!0-9]*}" -lt "$2" ]; }
+}
+
 # attached: how many hooks are attached.
 attached() { grep -cE ' (attached|livepatched) ' "$SYS/hooks"; }
 

@@ -96,7 +96,9 @@ const EXPECTED: &[Expected] = &expect! {
     kvm_arch_memory_slot { gfn_write_track }
     kvm_arch { disabled_quirks, mmu_valid_gen, mmu_page_hash, vm_type }
     kvm_mmu_page { hash_link, tdp_mmu_page, unsync, role, gfn, spt, shadowed_translation }
-    kvm_page_fault { addr, prefetch, write, present, rsvd, is_private, max_level, req_level, goal_level, gfn, slot, pfn, refcounted_page, map_writable }
+    kvm_page_fault { addr, error_code, prefetch, write, present, rsvd, is_private, max_level, req_level, goal_level, gfn, slot, pfn, refcounted_page, map_writable }
+    #[cfg(MTK_GVA_WALK)]
+    x86_exception { vector, error_code_valid, error_code, nested_page_fault, async_page_fault, exit_qualification }
     page { flags }
     task_struct { pagefault_disabled }
     msr_data { index }

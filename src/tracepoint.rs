@@ -4,22 +4,53 @@
 //! The kernel tells of each module's tracepoints as it comes and goes, and of those that are there already when it is first asked.
 
 use crate::{alloc, bindings};
-use core::sync::atomic::{AtomicPtr, Ordering};
+use core::{
+    ptr,
+    sync::atomic::{AtomicPtr, Ordering},
+};
 use kernel::{prelude::*, str::CStr};
 
-/// The tracepoint kvm_nested_vmenter, while kvm is loaded.
-static NESTED_VMENTER: AtomicPtr<bindings::tracepoint> = AtomicPtr::new(core::ptr::null_mut());
-
-/// Whether nobody listens to kvm_nested_vmenter. `false` if it was not found.
-///
-/// In a handler: kvm stays loaded.
+/// A tracepoint of kvm.
 #[cfg_attr(not(MTK_GVA_WALK), expect(dead_code))]
-#[inline(always)]
-pub(crate) fn nested_vmenter_is_off() -> bool {
-    let tracepoint = NESTED_VMENTER.load(Ordering::Relaxed);
-    // SAFETY: Data of kvm. Others write the pointer to the listeners, so it is read in one go.
-    !tracepoint.is_null() && unsafe { (&raw const (*tracepoint).funcs).read_volatile() }.is_null()
+#[derive(Clone, Copy)]
+pub(crate) struct Tracepoint(usize);
+
+#[cfg_attr(not(MTK_GVA_WALK), expect(dead_code))]
+impl Tracepoint {
+    /// kvm_nested_vmenter: L2 is entered.
+    pub(crate) const NESTED_VMENTER: Self = Self(0);
+    /// kvm_mmu_pagetable_walk: a walk of a guest's tables begins.
+    pub(crate) const PAGETABLE_WALK: Self = Self(1);
+    /// kvm_mmu_paging_element: it has read an entry.
+    pub(crate) const PAGING_ELEMENT: Self = Self(2);
+    /// kvm_mmu_walker_error: it has ended in a fault.
+    pub(crate) const WALKER_ERROR: Self = Self(3);
+
+    /// Whether nobody listens to it. `false` if it was not found.
+    ///
+    /// In a handler: kvm stays loaded.
+    #[inline(always)]
+    pub(crate) fn is_off(self) -> bool {
+        let found = FOUND.get(self.0);
+        let tracepoint = found.map_or(ptr::null_mut(), |found| found.load(Ordering::Relaxed));
+        if tracepoint.is_null() {
+            return false;
+        }
+        // SAFETY: Data of kvm. Others write the pointer to the listeners, so it is read in one go.
+        unsafe { (&raw const (*tracepoint).funcs).read_volatile() }.is_null()
+    }
 }
+
+const NAMES: [&[u8]; 4] = [
+    b"kvm_nested_vmenter",
+    b"kvm_mmu_pagetable_walk",
+    b"kvm_mmu_paging_element",
+    b"kvm_mmu_walker_error",
+];
+
+/// Where they are, while kvm is loaded.
+static FOUND: [AtomicPtr<bindings::tracepoint>; NAMES.len()] =
+    [const { AtomicPtr::new(ptr::null_mut()) }; NAMES.len()];
 
 /// Finds a tracepoint among those of a module.
 ///
@@ -43,7 +74,7 @@ unsafe fn find(module: *const bindings::module, name: &[u8]) -> *mut bindings::t
             }
         }
     }
-    core::ptr::null_mut()
+    ptr::null_mut()
 }
 
 /// Called by the kernel when a module with tracepoints comes or goes.
@@ -65,14 +96,17 @@ unsafe extern "C" fn module_event(
         )
     };
     if name.to_bytes() == b"kvm" {
-        let found = match event as bindings::module_state {
-            // SAFETY: A module that the kernel tells of stays until its going was told.
-            bindings::module_state_MODULE_STATE_COMING => unsafe {
-                find(module, b"kvm_nested_vmenter")
-            },
-            _ => core::ptr::null_mut(),
-        };
-        NESTED_VMENTER.store(found, Ordering::Relaxed);
+        let is_coming =
+            event as bindings::module_state == bindings::module_state_MODULE_STATE_COMING;
+        for (found, name) in FOUND.iter().zip(NAMES) {
+            let tracepoint = if is_coming {
+                // SAFETY: A module that the kernel tells of stays until its going was told.
+                unsafe { find(module, name) }
+            } else {
+                ptr::null_mut()
+            };
+            found.store(tracepoint, Ordering::Relaxed);
+        }
     }
     0 // NOTIFY_DONE
 }

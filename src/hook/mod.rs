@@ -116,6 +116,7 @@ call_ids! {
     FREE_VPID = mtk_call_id_MTK_CALL_free_vpid;
     SYNC_ROOTS = mtk_call_id_MTK_CALL_sync_roots;
     SYNC_SHADOW = mtk_call_id_MTK_CALL_sync_shadow;
+    INJECT_EPT_FAULT = mtk_call_id_MTK_CALL_inject_ept_fault;
 }
 
 static CALL_ADDRESSES: [AtomicUsize; CALLS] = [const { AtomicUsize::new(0) }; CALLS];

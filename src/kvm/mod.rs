@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Safe views of KVM's structures, for use inside a hook's handler.
 
+#[cfg(MTK_GVA_WALK)]
+pub(crate) mod absent;
 mod batch;
 mod controls;
 pub(crate) mod efer;

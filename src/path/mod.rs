@@ -149,8 +149,8 @@ pub(crate) struct Counters {
     pub(crate) mismatches: Count,
     /// Exits into L0 that did not happen because of the path.
     pub(crate) saved_exits: Count,
-    /// Of those taken, exits that were answered behind the VM exit (see `vmptrld::fast`).
-    pub(crate) reentered: Count,
+    /// Of those taken, the ones answered in a way that is shorter still (see `vmptrld::fast`, `prefault::absent`).
+    pub(crate) short: Count,
     /// Calls left to the stock code, by reason.
     pub(crate) fallbacks: [Count; MAX_REASONS],
 }
@@ -162,7 +162,7 @@ impl Counters {
             checked: Count::new(),
             mismatches: Count::new(),
             saved_exits: Count::new(),
-            reentered: Count::new(),
+            short: Count::new(),
             fallbacks: [const { Count::new() }; MAX_REASONS],
         }
     }
@@ -182,7 +182,7 @@ impl Counters {
                 &self.checked,
                 &self.mismatches,
                 &self.saved_exits,
-                &self.reentered,
+                &self.short,
             ]
             .into_iter(),
             self.fallbacks.iter(),

@@ -116,3 +116,41 @@ pub fn step(entry: u64, level: u32, write: bool) -> Option<Step> {
     }
     (!write || entry & DIRTY != 0).then_some(Step::Page(address))
 }
+
+/// Bits of an exit qualification for an EPT violation (SDM volume 3, table 29-7): what the access was.
+const BY_READ: u64 = 1 << 0;
+const BY_WRITE: u64 = 1 << 1;
+const BY_FETCH: u64 = 1 << 2;
+/// A linear address led there, and it was the page's that it stood for, not that of a guest paging structure.
+const HAS_LINEAR: u64 = 1 << 7;
+const IS_FINAL: u64 = 1 << 8;
+
+/// An access of L2.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Access {
+    /// It writes.
+    pub write: bool,
+    /// It fetches an instruction; counts if it does not write.
+    pub fetch: bool,
+    /// It is one to the guest's paging structures.
+    pub walks: bool,
+}
+
+/// The exit qualification that ept_walk_addr_generic() makes for an access where the last-level entry of EPT12 is `entry`, if that is
+/// not present, whether there is mode-based execute control or not: there are no rights in it then (bits 6:3), whatever the levels above
+/// grant. `None` for an entry that is present.
+#[inline]
+pub fn absent(entry: u64, access: Access) -> Option<u64> {
+    if entry & (READ | WRITE | EXEC | USER_EXEC) != 0 {
+        return None;
+    }
+    let by = if access.write {
+        BY_WRITE
+    } else if access.fetch {
+        BY_FETCH
+    } else {
+        BY_READ
+    };
+    let stage = if access.walks { BY_READ } else { IS_FINAL };
+    Some(by | stage | HAS_LINEAR)
+}

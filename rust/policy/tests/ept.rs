@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! `policy::ept` against the rules of SDM volume 3, 30.3 and of KVM's prefetching, spelt out another way.
 
-use policy::ept::{follows, page, step, Page, Rights, Step};
+use policy::ept::{absent, follows, page, step, Access, Page, Rights, Step};
 use proptest::prelude::*;
 
 const RIGHTS: Rights = Rights {
@@ -95,5 +95,34 @@ proptest! {
         let to = entry & 0x000f_ffff_ffff_f000;
         let want = if leaf { Step::Page(to) } else { Step::Table(to) };
         prop_assert_eq!(step(entry, level, write), may.then_some(want));
+    }
+}
+
+#[test]
+fn what_an_absent_entry_says() {
+    let access = |write, fetch, walks| Access {
+        write,
+        fetch,
+        walks,
+    };
+    // Table 29-7: 0 read, 1 write, 2 fetch, 7 with a linear address, 8 that of the page itself.
+    assert_eq!(absent(0, access(false, false, false)), Some(0x181));
+    assert_eq!(absent(0, access(true, false, false)), Some(0x182));
+    assert_eq!(absent(0, access(false, true, false)), Some(0x184));
+    // Paging structures are read, or read and written.
+    assert_eq!(absent(0, access(false, false, true)), Some(0x81));
+    assert_eq!(absent(0, access(true, false, true)), Some(0x83));
+    // What Linux leaves where it suppresses #VE.
+    assert_eq!(absent(1 << 63, access(false, false, false)), Some(0x181));
+}
+
+proptest! {
+    #[test]
+    fn an_entry_with_a_right_is_not_absent(entry: u64, write: bool, fetch: bool, walks: bool) {
+        let is_present = entry & 7 != 0 || entry & 1 << 10 != 0;
+        let qualification = absent(entry, Access { write, fetch, walks });
+        prop_assert_eq!(qualification.is_none(), is_present);
+        // Bits 6:3: no rights. Nothing that is the processor's alone.
+        prop_assert!(qualification.is_none_or(|q| q & !0x187 == 0 && q & 7 != 0));
     }
 }

@@ -25,7 +25,8 @@ mod plain {
         },
         path::{checks, vmptrld::roots, CounterSet, Local},
         policy::{mode::Mode, ways::Ways},
-        state, tracepoint,
+        state,
+        tracepoint::Tracepoint,
     };
     use core::sync::atomic::AtomicBool;
     use kernel::prelude::*;
@@ -61,7 +62,7 @@ mod plain {
         local: &mut Local,
         counters: &CounterSet,
     ) -> Result<Entry, Reason> {
-        if !tracepoint::nested_vmenter_is_off() || !host_state::is_able() {
+        if !Tracepoint::NESTED_VMENTER.is_off() || !host_state::is_able() {
             return Err(Reason::Unusual);
         }
         let key = vcpu.current_vmptr();

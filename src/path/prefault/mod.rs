@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
-//! EPT02 is filled before L2 faults on it.
+//! EPT02 is filled before L2 faults on it, and a fault that is L1's to serve goes to it in short (`absent`).
 //!
-//! On two occasions. After L0 has served an EPT violation of L2, entries around the one that was missing are filled as
+//! It is filled on two occasions. After L0 has served an EPT violation of L2, entries around the one that was missing are filled as
 //! well, as far as EPT12 maps them already and the host has the pages in memory (`policy::window` says how many).
 //! After L0 has reflected an EPT violation to L1, L1 maps the page and resumes L2, which would fault again: the
 //! entry is filled on that resumption.
@@ -15,6 +15,8 @@
 //! Mode `check` fills nothing; it compares what would have been put into EPT02 with what stock KVM puts there when L2
 //! does fault.
 
+#[cfg(MTK_GVA_WALK)]
+mod absent;
 mod fill;
 pub(crate) mod walk;
 
@@ -52,6 +54,8 @@ pub(super) const PATH: Path = Path {
         CallId::PREFETCH_SPTES,
         CallId::RELEASE_DIRTY,
         CallId::VM_GFN_TO_MEMSLOT,
+        #[cfg(MTK_GVA_WALK)]
+        CallId::INJECT_EPT_FAULT,
     ],
     drain: None,
     drain_hooks: &[],
@@ -69,7 +73,7 @@ pub(super) const PATH: Path = Path {
 /// Base-2 logarithm of the most entries that are filled around a fault.
 static LIMIT: AtomicU8 = AtomicU8::new(MAX);
 
-static FILES: [Attribute; 2] = [
+static FILES: [Attribute; 3] = [
     Attribute::knob(
         c"window",
         |out| writeln!(out, "{}", 1u16 << limit()),
@@ -94,6 +98,9 @@ static FILES: [Attribute; 2] = [
             Ok(())
         },
     ),
+    Attribute::figure(c"reflected", |out| {
+        writeln!(out, "{}", super::total(NUMBER).short.get())
+    }),
 ];
 
 fn limit() -> u8 {
@@ -154,7 +161,7 @@ fn mode() -> Mode {
 #[no_mangle]
 extern "C" fn mtk_on_ept_page_fault(
     raw: *mut bindings::kvm_vcpu,
-    fault: *mut bindings::kvm_page_fault,
+    ptr: *mut bindings::kvm_page_fault,
     cont: Continuation,
 ) -> Verdict {
     if mode() == Mode::Off {
@@ -164,28 +171,45 @@ extern "C" fn mtk_on_ept_page_fault(
     // SAFETY: The hooked function's own argument.
     let vcpu = unsafe { Vcpu::from_hook(raw) };
     let root = vcpu.ept12_root();
-    // SAFETY: This handler's continuation and the hooked function's own arguments.
-    let value = unsafe { section.call_stock(cont, [vcpu.key(), fault as usize, 0]) };
+    // SAFETY: The hooked function's own argument, which its caller owns.
+    let before = unsafe { PageFault::from_hook(ptr) };
+    let is_for_us = root != 0 && !before.prefetch;
+    #[cfg(MTK_GVA_WALK)]
+    let expected = is_for_us.then(|| absent::expected(vcpu, &before)).flatten();
+    #[cfg(MTK_GVA_WALK)]
+    // SAFETY: In the handler, for an access of L2.
+    let reflected = is_for_us && mode() == Mode::On && unsafe { absent::reflect(vcpu, &before) };
+    #[cfg(not(MTK_GVA_WALK))]
+    let reflected = false;
+    let value = if reflected {
+        bindings::MTK_RET_PF_RETRY as usize
+    } else {
+        // SAFETY: This handler's continuation and the hooked function's own arguments.
+        unsafe { section.call_stock(cont, [vcpu.key(), ptr as usize, 0]) }
+    };
     let verdict = Verdict::handled(value);
-    let ptr = fault;
-    // SAFETY: The handler has just run, and its caller owns the structure.
-    let fault = unsafe { PageFault::from_hook(ptr) };
-    if root == 0 || fault.prefetch {
+    if !is_for_us {
         return verdict;
+    }
+    #[cfg(MTK_GVA_WALK)]
+    if let Some(what) = expected {
+        absent::compare(vcpu, &before, &what);
     }
     if !state::ensure(vcpu, &section) {
         super::count_stateless(NUMBER, Reason::NoMemory as usize);
         return verdict;
     }
     if !vcpu.guest_mode() {
-        // Reflected: stock has gone over to L1.
+        // Reflected: KVM has gone over to L1.
         state::with(vcpu, |local, _| {
-            local.prefault.awaited = (fault.gpa & !0xfff, root);
-            // SAFETY: As above.
+            local.prefault.awaited = (before.gpa & !0xfff, root);
+            // SAFETY: The structure is the caller's, and as the function leaves it.
             local.prefault.reflected = Some(unsafe { Reflected::copy(vcpu, ptr) });
         });
         return verdict;
     }
+    // SAFETY: The function has just run.
+    let fault = unsafe { PageFault::from_hook(ptr) };
     let fixed = value as i32 == bindings::MTK_RET_PF_FIXED as i32;
     state::with(vcpu, |local, counters| {
         let mode = mode();

@@ -110,7 +110,7 @@ unsafe fn answer(vcpu: Vcpu, reason: u32) -> Option<Fastpath> {
             // SAFETY: By this function's contract.
             unsafe { act(vcpu, reason, local, counters) }?;
             counters.path::<NUMBER>().taken.bump();
-            counters.path::<NUMBER>().reentered.bump();
+            counters.path::<NUMBER>().short.bump();
             local.regions.publish(&counters.vmptrld);
             local.regions.hope.rise();
             Some(())

@@ -81,7 +81,7 @@ pub(super) const PATH: Path = Path {
 };
 
 static FILES: [Attribute; 1] = [Attribute::figure(c"reentered", |out| {
-    writeln!(out, "{}", super::total(NUMBER).reentered.get())
+    writeln!(out, "{}", super::total(NUMBER).short.get())
 })];
 
 /// Why a VMPTRLD or VMCLEAR was left to the stock code; names in `PATH.reasons`.
