@@ -11,7 +11,6 @@ use core::{
 use kernel::{prelude::*, str::CStr};
 
 /// A tracepoint of kvm.
-#[cfg_attr(not(MTK_GVA_WALK), expect(dead_code))]
 #[derive(Clone, Copy)]
 pub(crate) struct Tracepoint(usize);
 

@@ -72,10 +72,11 @@ pub(crate) struct HookId(usize);
 pub(crate) struct CallId(usize);
 
 macro_rules! call_ids {
-    ($($name:ident = $id:ident;)*) => {
+    ($($(#[$meta:meta])* $name:ident = $id:ident;)*) => {
         impl CallId {
             $(
                 #[doc = concat!("The function `", stringify!($id), "`.")]
+                $(#[$meta])*
                 pub(crate) const $name: CallId = CallId(bindings::$id as usize);
             )*
         }
@@ -116,6 +117,7 @@ call_ids! {
     FREE_VPID = mtk_call_id_MTK_CALL_free_vpid;
     SYNC_ROOTS = mtk_call_id_MTK_CALL_sync_roots;
     SYNC_SHADOW = mtk_call_id_MTK_CALL_sync_shadow;
+    #[cfg_attr(not(MTK_GVA_WALK), expect(dead_code))]
     INJECT_EPT_FAULT = mtk_call_id_MTK_CALL_inject_ept_fault;
 }
 

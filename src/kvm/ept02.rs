@@ -44,6 +44,7 @@ pub(crate) struct PageFault {
     /// KVM asks for the page ahead of any access.
     pub(crate) prefetch: bool,
     /// What kind of access it was, as in a page fault's error code (`PFERR_…_MASK`).
+    #[cfg_attr(not(MTK_GVA_WALK), expect(dead_code))]
     pub(crate) error_code: u64,
     /// Level of the entry that was made, 1 for a page of 4 KiB.
     pub(crate) level: u8,
