@@ -68,7 +68,7 @@ begin
 need_guest
 [ -f $TRACING/available_filter_functions ] || skip_all "no function tracer (CONFIG_FUNCTION_TRACER, tracefs mounted)"
 [ -f $TRACING/kprobe_events ] || skip_all "no kprobe events (CONFIG_KPROBE_EVENTS)"
-plan 19
+plan 25
 
 check "the function tracer goes on stock functions" trace_on
 check "the module attaches beside it" load paths=1
@@ -92,11 +92,13 @@ check "the module works on without the tracer" works 0
 check "a listener to nested entries" listen 1 kvm/kvm_nested_vmenter
 check "hears of each" heard kvm_nested_vmenter 100 hypercall:100
 listen 0 kvm/kvm_nested_vmenter
-check "one to faults in the guest's tables" listen 1 kvmmmu/kvm_mmu_walker_error
 before=$(reflected)
-check "hears of each" heard kvm_mmu_walker_error 256 $FAULTS
-check "none of them went another way" equal reflected "$before" "$(reflected)"
-listen 0 kvmmmu/kvm_mmu_walker_error
+for event in kvm_mmu_pagetable_walk kvm_mmu_paging_element kvm_mmu_walker_error; do
+	check "a listener to $event" listen 1 "kvmmmu/$event"
+	check "hears of each fault" heard "$event" 256 $FAULTS
+	check "none of which went another way" equal reflected "$before" "$(reflected)"
+	listen 0 "kvmmmu/$event"
+done
 guest 1 ops=$FAULTS >/dev/null
 if is_before 7 3; then
 	skip "as they do when nobody listens" "kernels before 7.3 walk EPT12 at each fault, as stock does"

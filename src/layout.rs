@@ -86,7 +86,7 @@ const EXPECTED: &[Expected] = &expect! {
     #[cfg(MTK_GVA_WALK)]
     kvm_pagewalk { cpu_role, fmt }
     #[cfg(MTK_GVA_WALK)]
-    kvm_page_format {}
+    kvm_page_format { rsvd_bits_mask, bad_mt_xwr }
     kvm { stat, arch, mm, srcu, memslots, mmu_invalidate_seq, mmu_invalidate_in_progress, online_vcpus }
     kvm_vm_stat { mmu_unsync }
     kvm_memslots { generation }

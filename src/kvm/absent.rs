@@ -1,15 +1,23 @@
 // SPDX-License-Identifier: GPL-2.0
 //! An EPT violation of L2 that is L1's to serve, because EPT12 has nothing there.
 //!
-//! KVM finds that out by a walk of EPT12 from its root. Where EPT02 has a shadow of the last-level table, the tables above are known: they
-//! are as they were when KVM followed them, since it protects them against writes and drops what it made of them when they are
-//! written (only last-level tables go out of sync, `mmu_try_to_unsync_pages()`). So only the last entry is read.
+//! KVM finds that out by a walk of EPT12, with a look-up of the memory slot at each level. Here the way down to the last level is
+//! remembered (`policy::ept_trail`): each entry of it is read again, and if all are what they were, the last one decides.
 
-use super::{ept02::PageFault, vmcs12::field, Vcpu};
+use super::{
+    ept02::PageFault,
+    guest_memory::{read_host_u64, GuestMemory, Window},
+    vcpu::read,
+    vmcs12::field,
+    Vcpu,
+};
 use crate::{
     bindings,
     hook::CallId,
-    policy::ept::{absent, Access},
+    policy::{
+        ept::{absent, Access},
+        ept_trail::{Start, Trail},
+    },
 };
 
 /// PFERR_WRITE_MASK, PFERR_USER_MASK, PFERR_FETCH_MASK and PFERR_SS_MASK.
@@ -26,6 +34,21 @@ const VECTOR: u8 = 14;
 /// Basic exit reason of an EPT violation.
 const EPT_VIOLATION: u64 = 48;
 
+/// What is remembered of EPT12.
+pub(crate) struct Way {
+    trail: Trail,
+    /// Where L1's memory is, and the state of the slots that this is for.
+    slot: (Window, u64),
+}
+
+impl Way {
+    /// Nothing.
+    pub(crate) const NONE: Way = Way {
+        trail: Trail::NONE,
+        slot: (Window::EMPTY, 0),
+    };
+}
+
 /// An EPT violation that L1 is to be told of.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Absent {
@@ -36,17 +59,41 @@ pub(crate) struct Absent {
 }
 
 impl Vcpu {
-    /// Whether EPT12 has nothing where L2 has faulted, as far as that can be told without a walk; `None` where KVM has to see for itself.
+    /// Whether EPT12 has nothing where L2 has faulted; `None` where it has, or KVM has to see for itself. May sleep.
     ///
-    /// In the handler of ept_page_fault(), with KVM's SRCU lock held.
+    /// In the handler of ept_page_fault() on a shadow of EPT12, with KVM's SRCU lock held.
     #[inline]
-    pub(crate) fn find_absent(self, fault: &PageFault) -> Option<Absent> {
-        const ENTRIES: u64 = super::ept02::ENTRIES as u64;
+    pub(crate) fn find_absent(self, way: &mut Way, fault: &PageFault) -> Option<Absent> {
         if fault.error_code & RESERVED != 0 {
             return None;
         }
-        let table = self.known_ept12_table(fault.gpa)?;
-        let entry = self.read_entry((table << 12) + (fault.gpa >> 12) % ENTRIES * 8)?;
+        let table_rules =
+            |level: usize| read!(self, vcpu.arch.ngpa_walk.fmt.rsvd_bits_mask[0][level - 1]);
+        let bad = read!(self, vcpu.arch.ngpa_walk.fmt.bad_mt_xwr);
+        let memory = self.slots_generation()?;
+        let start = Start {
+            memory,
+            eptp: field!(self.vmcs12()?, ept_pointer),
+            rules: [bad, table_rules(2)],
+        };
+        // is_rsvd_bits_set(), for an entry without bit 7.
+        let is_reserved = |entry: u64, level: u32| {
+            entry & table_rules(level as usize) != 0 || bad >> (entry & 0x3f) & 1 != 0
+        };
+        let slot = &mut way.slot;
+        let place = |gpa| {
+            let window = match *slot {
+                (window, then) if then == memory => window,
+                _ => Window::EMPTY,
+            };
+            // SAFETY: In a handler of an exit, with the lock held; the window is of these slots.
+            let mut guest = unsafe { GuestMemory::with_slot(self, window) };
+            let host = guest.host_address(gpa);
+            *slot = (guest.slot(), memory);
+            host
+        };
+        let trail = &mut way.trail;
+        let entry = trail.entry(start, fault.gpa, is_reserved, place, read_host_u64)?;
         let access = Access {
             write: fault.error_code & WRITE != 0,
             fetch: fault.error_code & FETCH != 0,
@@ -59,14 +106,15 @@ impl Vcpu {
         })
     }
 
-    /// Tells L1, as ept_page_fault() does. `false` if KVM's function is missing. May sleep.
+    /// Tells L1, as ept_page_fault() does. May sleep.
     ///
     /// Must not be called within `state::with`: hooked functions are among those that KVM calls here.
     ///
     /// # Safety
     ///
-    /// In the handler of ept_page_fault(), with KVM's SRCU lock held, and L2 has just made this access.
-    pub(crate) unsafe fn reflect(self, what: &Absent) -> bool {
+    /// In the handler of ept_page_fault(), with KVM's SRCU lock held, and L2 has just made this access; KVM's function is there
+    /// (`CallId::INJECT_EPT_FAULT`).
+    pub(crate) unsafe fn reflect(self, what: &Absent) {
         let mut exception = bindings::x86_exception {
             vector: VECTOR,
             error_code_valid: true,
@@ -79,7 +127,7 @@ impl Vcpu {
         let from_hardware = 1;
         let args = [self.key(), (&raw mut exception) as usize, from_hardware];
         // SAFETY: By this function's contract, as __kvm_inject_emulated_page_fault() calls it where no entry was present; it keeps no pointer.
-        unsafe { CallId::INJECT_EPT_FAULT.call(args) }.is_some()
+        unsafe { CallId::INJECT_EPT_FAULT.call(args) };
     }
 
     /// Whether KVM has told L1 just that, once L1 is to run again.

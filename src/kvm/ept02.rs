@@ -125,17 +125,6 @@ impl Vcpu {
         unsafe { (&raw const (*kvm).online_vcpus.counter).read_volatile() == 1 }
     }
 
-    /// Frame of L1's memory where the last-level table of EPT12 is that translates `gpa`, if EPT02 has a shadow of it. What a walk from
-    /// EPTP12 would find, without one: KVM protects the tables above against writes as long as EPT02 has what it made of them.
-    #[cfg_attr(not(MTK_GVA_WALK), expect(dead_code))]
-    pub(super) fn known_ept12_table(self, gpa: u64) -> Option<u64> {
-        let _lock = self.share_mmu();
-        // SAFETY: The lock is held until after the last use.
-        let page = unsafe { last_level(self, gpa) }?;
-        // One without is a part of a large page.
-        (!page.shadowed_translation.is_null()).then_some(page.gfn)
-    }
-
     /// The root of EPT12 that the current EPT02 is for (`mmu->root.pgd`); 0 if there is no EPT02.
     pub(crate) fn ept12_root(self) -> u64 {
         if !self.uses_ept02() || read!(self, vcpu.arch.guest_mmu.root.hpa) == u64::MAX {
@@ -166,85 +155,74 @@ impl MmuLock {
         unsafe { mmu_lock::is_contended(self.kvm) }
     }
 
+    fn is_obsolete(&self, sp: *const bindings::kvm_mmu_page) -> bool {
+        // SAFETY: A shadow page in use stays while the lock is held; its VM as well.
+        unsafe {
+            let generation = (&raw const (*self.kvm).arch.mmu_valid_gen).read();
+            (*sp).role.__bindgen_anon_1.invalid() != 0
+                || (*sp).__bindgen_anon_1.mmu_valid_gen != generation
+        }
+    }
+
     /// The last-level table of EPT02 that translates `gpa`; `None` if there is none, a large page is in its place,
     /// or KVM is about to throw the tables away.
     pub(crate) fn leaf(&self, gpa: u64) -> Option<Leaf<'_>> {
-        // SAFETY: The lock is held as long as `self` is.
-        let page = unsafe { last_level(self.vcpu, gpa) }?;
+        let mmu = read!(self.vcpu, vcpu.arch.mmu);
+        // SAFETY: KVM's own pointer to one of the vCPU's MMUs.
+        let (root, role) = unsafe { ((*mmu).root.hpa, (*mmu).root_role.__bindgen_anon_1) };
+        let top = role.level();
+        if root == u64::MAX || !(4..=5).contains(&top) {
+            return None;
+        }
+        // A root that is the page of zeroes (`kvm_mmu_is_dummy_root()`) has no entry, and so no leaf.
+        let mut table = root;
+        let mut level = top;
+        while level > 1 {
+            let shift = PAGE_SHIFT + LEVEL_BITS * (level - 1);
+            let index = (gpa >> shift) as usize % ENTRIES;
+            // SAFETY: `table` is a page of entries that KVM allocated: the root, or what a present entry points to.
+            let entry = unsafe {
+                vmx::virtual_address(table)
+                    .cast::<u64>()
+                    .add(index)
+                    .read_volatile()
+            };
+            if entry & PRESENT == 0 || entry & HUGE != 0 {
+                return None;
+            }
+            table = entry & ADDRESS;
+            level -= 1;
+        }
+        let sp = shadow_page(table);
+        if sp.is_null() {
+            return None;
+        }
+        let entries = vmx::virtual_address(table).cast::<u64>();
+        // SAFETY: `sptep_to_sp()` of a page that EPT02 points to, alive under the lock.
+        let page = unsafe { &*sp };
         // SAFETY: The bits are plain data.
         let role = unsafe { page.role.__bindgen_anon_1 };
+        if page.tdp_mmu_page
+            || page.spt != entries
+            || page.shadowed_translation.is_null() == (role.direct() == 0)
+            || role.level() != 1
+            || role.ad_disabled() != 0
+            || role.guest_mode() == 0
+            || role.smm() != 0
+            || self.is_obsolete(sp)
+        {
+            return None;
+        }
         Some(Leaf {
             lock: PhantomData,
             vcpu: self.vcpu,
-            entries: page.spt,
+            entries,
             translations: page.shadowed_translation,
             gfn: page.gfn,
             unsync: page.unsync,
             granted: u64::from(role.access()),
         })
     }
-}
-
-/// The shadow page that is the last level of EPT02 for `gpa`; `None` if there is none, a large page is in its place, accessed flags are
-/// off, or KVM is about to throw the tables away.
-///
-/// # Safety
-///
-/// `mmu_lock` of the vCPU's VM is held, for reading or writing, as long as what this returns is in use.
-#[inline(always)]
-unsafe fn last_level<'l>(vcpu: Vcpu, gpa: u64) -> Option<&'l bindings::kvm_mmu_page> {
-    let mmu = read!(vcpu, vcpu.arch.mmu);
-    // SAFETY: KVM's own pointer to one of the vCPU's MMUs.
-    let (root, role) = unsafe { ((*mmu).root.hpa, (*mmu).root_role.__bindgen_anon_1) };
-    let top = role.level();
-    if root == u64::MAX || !(4..=5).contains(&top) {
-        return None;
-    }
-    // A root that is the page of zeroes (`kvm_mmu_is_dummy_root()`) has no entry, and so no leaf.
-    let mut table = root;
-    let mut level = top;
-    while level > 1 {
-        let shift = PAGE_SHIFT + LEVEL_BITS * (level - 1);
-        let index = (gpa >> shift) as usize % ENTRIES;
-        // SAFETY: `table` is a page of entries that KVM allocated: the root, or what a present entry points to.
-        let entry = unsafe {
-            vmx::virtual_address(table)
-                .cast::<u64>()
-                .add(index)
-                .read_volatile()
-        };
-        if entry & PRESENT == 0 || entry & HUGE != 0 {
-            return None;
-        }
-        table = entry & ADDRESS;
-        level -= 1;
-    }
-    let sp = shadow_page(table);
-    if sp.is_null() {
-        return None;
-    }
-    let entries = vmx::virtual_address(table).cast::<u64>();
-    // SAFETY: `sptep_to_sp()` of a page that EPT02 points to, alive under the lock.
-    let page = unsafe { &*sp };
-    let kvm = read!(vcpu, vcpu.kvm);
-    // SAFETY: The bits are plain data, and so is the generation; a vCPU's VM outlives it.
-    let (role, generation, current) = unsafe {
-        (
-            page.role.__bindgen_anon_1,
-            page.__bindgen_anon_1.mmu_valid_gen,
-            (&raw const (*kvm).arch.mmu_valid_gen).read(),
-        )
-    };
-    let is_ours = !page.tdp_mmu_page
-        && page.spt == entries
-        && page.shadowed_translation.is_null() == (role.direct() != 0)
-        && role.level() == 1
-        && role.ad_disabled() == 0
-        && role.guest_mode() != 0
-        && role.smm() == 0;
-    // `is_obsolete_sp()`
-    let is_obsolete = role.invalid() != 0 || generation != current;
-    (is_ours && !is_obsolete).then_some(page)
 }
 
 /// `to_shadow_page()`: what KVM keeps about the page of entries at this physical address.

@@ -90,7 +90,7 @@ impl Vcpu {
         None
     }
 
-    pub(super) fn read_entry(self, gpa: u64) -> Option<u64> {
+    fn read_entry(self, gpa: u64) -> Option<u64> {
         let mut entry = [MaybeUninit::uninit()];
         self.read_entries(gpa, &mut entry)?.first().copied()
     }

@@ -108,8 +108,11 @@ impl GuestMemory {
         let slot = unsafe { CallId::GFN_TO_MEMSLOT.call(args) }?;
         // SAFETY: By the type's invariants a slot that KVM named is alive.
         let slot = unsafe { (slot as *const bindings::kvm_memory_slot).as_ref() }?;
-        // Not one that is read-only: stock VMPTRLD refuses a VMCS there (gfn_to_hva_many() wants to write).
-        if slot.flags & !bindings::KVM_MEM_LOG_DIRTY_PAGES != 0 {
+        // Not one that is read-only: stock VMPTRLD refuses a VMCS there (gfn_to_hva_many() wants to write). Nor one of KVM's own, in
+        // which stock finds no page table (kvm_is_visible_memslot()).
+        let is_ordinary = slot.flags & !bindings::KVM_MEM_LOG_DIRTY_PAGES == 0
+            && i64::from(slot.id) < bindings::MTK_USER_MEM_SLOTS as i64;
+        if !is_ordinary {
             return None;
         }
         self.slot = Window {

@@ -8,6 +8,7 @@ pub mod controls;
 pub mod detour;
 pub mod entry;
 pub mod ept;
+pub mod ept_trail;
 pub mod host_state;
 pub mod knob;
 pub mod learn;

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
-//! A fault that is L1's to serve is reflected without a walk of EPT12 (`kvm::absent`).
+//! A fault that is L1's to serve goes to L1 without KVM's walk of EPT12 (`kvm::absent`).
 //!
 //! Mode `check` lets stock KVM find it out, and compares what L1 was told.
 
 use super::{mode, NUMBER};
 use crate::{
+    hook::CallId,
     kvm::{absent::Absent, ept02::PageFault, Vcpu},
-    path::nested_switch,
+    path::{nested_switch, Local},
     policy::mode::Mode,
     state,
     tracepoint::Tracepoint,
@@ -28,31 +29,41 @@ const WALK: [Tracepoint; 3] = [
 /// In the handler of ept_page_fault() for an access of L2, with KVM's SRCU lock held.
 #[inline]
 pub(super) unsafe fn reflect(vcpu: Vcpu, fault: &PageFault) -> bool {
-    if !WALK.iter().all(|tracepoint| tracepoint.is_off()) {
+    if !CallId::INJECT_EPT_FAULT.is_available()
+        || !WALK.iter().all(|tracepoint| tracepoint.is_off())
+    {
         return false;
     }
-    let Some(what) = vcpu.find_absent(fault) else {
+    let what = state::with(vcpu, |local, counters| {
+        let what = vcpu.find_absent(&mut local.prefault.way, fault)?;
+        if nested_switch::sends_away(&mut local.nested_switch, counters) {
+            return None;
+        }
+        let counters = counters.path::<NUMBER>();
+        counters.taken.bump();
+        counters.short.bump();
+        Some(what)
+    });
+    let Some(what) = what.flatten() else {
         return false;
     };
-    let taken = state::with(vcpu, |local, counters| {
-        let taken = !nested_switch::sends_away(&mut local.nested_switch, counters);
-        if taken {
-            let counters = counters.path::<NUMBER>();
-            counters.taken.bump();
-            counters.short.bump();
-        }
-        taken
-    });
     // SAFETY: By this function's contract.
-    taken == Some(true) && unsafe { vcpu.reflect(&what) }
+    unsafe { vcpu.reflect(&what) };
+    true
 }
 
 /// What `reflect` would do, in mode `check`.
 #[inline]
 pub(super) fn expected(vcpu: Vcpu, fault: &PageFault) -> Option<Absent> {
-    (mode() == Mode::Check)
-        .then(|| vcpu.find_absent(fault))
-        .flatten()
+    if mode() != Mode::Check {
+        return None;
+    }
+    find(vcpu, fault)
+}
+
+fn find(vcpu: Vcpu, fault: &PageFault) -> Option<Absent> {
+    let find = |local: &mut Local, _: &_| vcpu.find_absent(&mut local.prefault.way, fault);
+    state::with(vcpu, find).flatten()
 }
 
 static REPORTED: AtomicBool = AtomicBool::new(false);
@@ -65,8 +76,8 @@ pub(super) fn compare(vcpu: Vcpu, fault: &PageFault, what: &Absent) {
         return;
     }
     let is_right = if vcpu.guest_mode() {
-        // All tables may have gone, or the VMM has written to it.
-        vcpu.find_absent(fault).is_none()
+        // The VMM may have written to it.
+        find(vcpu, fault).is_none()
     } else {
         vcpu.was_reflected(what)
     };

@@ -21,6 +21,8 @@ mod fill;
 pub(crate) mod walk;
 
 use super::{CounterSet, Local, Path};
+#[cfg(MTK_GVA_WALK)]
+use crate::kvm::absent::Way;
 use crate::{
     bindings,
     hook::{CallId, Continuation, HookId, InFlight, Verdict},
@@ -54,8 +56,6 @@ pub(super) const PATH: Path = Path {
         CallId::PREFETCH_SPTES,
         CallId::RELEASE_DIRTY,
         CallId::VM_GFN_TO_MEMSLOT,
-        #[cfg(MTK_GVA_WALK)]
-        CallId::INJECT_EPT_FAULT,
     ],
     drain: None,
     drain_hooks: &[],
@@ -135,6 +135,9 @@ pub(crate) struct Memory {
     awaited: (u64, u64),
     /// That fault.
     reflected: Option<Reflected>,
+    /// The way to the last entry of EPT12 that was looked for.
+    #[cfg(MTK_GVA_WALK)]
+    way: Way,
     /// When to walk all of EPT02.
     chance: Detour,
 }
@@ -147,6 +150,8 @@ impl Memory {
         root: 0,
         awaited: (0, 0),
         reflected: None,
+        #[cfg(MTK_GVA_WALK)]
+        way: Way::NONE,
         chance: Detour::NEW,
     };
 }
@@ -157,7 +162,7 @@ fn mode() -> Mode {
     super::mode(NUMBER)
 }
 
-/// Handler of ept_page_fault(): an EPT violation of L2, or of an access to its memory by KVM itself.
+/// Handler of ept_page_fault(): an EPT violation of L2, or KVM asks for a page ahead of one (`prefetch`).
 #[no_mangle]
 extern "C" fn mtk_on_ept_page_fault(
     raw: *mut bindings::kvm_vcpu,

@@ -136,6 +136,10 @@ const GROUPS: &[Group] = &[
         run: ept::edits::run,
     },
     Group {
+        name: "ept_behind",
+        run: ept::behind::run,
+    },
+    Group {
         name: "ept_roots",
         run: ept::roots::run,
     },

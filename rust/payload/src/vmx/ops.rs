@@ -145,6 +145,27 @@ pub fn vmread(field: u32) -> Result<u64, VmxError> {
     Ok(value)
 }
 
+/// VMREAD to memory, which need not be Rust's: a table of the payload's.
+pub fn vmread_to(field: u32, place: *mut u64) -> Result<(), VmxError> {
+    let (carry, zero): (u8, u8);
+    // SAFETY: the guard takes a fault; the callers give eight bytes in which no Rust object lies.
+    unsafe {
+        asm!(
+            trap::guard!("vmread qword ptr [{place}], {field}"),
+            "setc {carry}",
+            "setz {zero}",
+            guard = sym trap::GUARD,
+            scratch = out(reg) _,
+            place = in(reg) place,
+            field = in(reg) field as u64,
+            carry = out(reg_byte) carry,
+            zero = out(reg_byte) zero,
+        );
+    }
+    trap::guarded(())?;
+    outcome(carry != 0, zero != 0)
+}
+
 /// VMWRITE from a register.
 pub fn vmwrite(field: u32, value: u64) -> Result<(), VmxError> {
     let (carry, zero): (u8, u8);

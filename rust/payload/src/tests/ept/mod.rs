@@ -4,6 +4,7 @@
 //! leave all of this as it is.
 
 pub mod around;
+pub mod behind;
 pub mod beside;
 pub mod crowd;
 pub mod edits;

@@ -160,6 +160,12 @@ impl Tables {
         read(table, index)
     }
 
+    /// Where the entry for `page` at `level` is.
+    pub fn address(&self, level: u32, page: u64) -> *mut u64 {
+        let (table, index) = self.place(level, page);
+        (table + (index & 511) * 8) as *mut u64
+    }
+
     /// Writes the entry for `page` at `level`.
     pub fn set(&mut self, level: u32, page: u64, entry: u64) {
         let (table, index) = self.place(level, page);
