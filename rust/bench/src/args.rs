@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::Args;
 use protocol::{Config, Op, Pattern};
 use vmm::files::Files;
-use vmm::stack::{Local, MAX_DEPTH, TOUCH_PAGES};
+use vmm::stack::{Inner, Local, Spec, MAX_DEPTH, TOUCH_PAGES};
 
 use crate::plan::Amount;
 
@@ -203,6 +203,11 @@ pub struct BenchArgs {
     #[arg(long = "set", value_name = "PATH/KNOB=VALUE")]
     pub knobs: Vec<vmm::module::Knob>,
 
+    /// Timer ticks of the guests' kernels come so many times less often, for their clocks go slower: in a stack of
+    /// five levels a tick costs as much as lies between two [default: 1, from five levels on 9]
+    #[arg(long, value_name = "FACTOR", value_parser = clap::value_parser!(u32).range(1..))]
+    pub slow_ticks: Option<u32>,
+
     /// Bare-metal payload [default: /lib/matryoshka/payload]
     #[arg(long, value_name = "FILE")]
     pub payload: Option<PathBuf>,
@@ -253,6 +258,20 @@ impl BenchArgs {
         depths.sort_unstable();
         depths.dedup();
         depths
+    }
+
+    /// By how much the clocks of such a stack are slower.
+    pub fn slow_ticks(&self, depth: u32) -> u32 {
+        vmm::clock::factor(self.slow_ticks, depth)
+    }
+
+    /// A stack of `depth` levels around `inner`, with what holds for all stacks.
+    pub fn spec(&self, depth: u32, inner: Inner) -> Spec {
+        Spec {
+            knobs: self.knobs.clone(),
+            slow_ticks: self.slow_ticks(depth),
+            ..Spec::new(depth, inner)
+        }
     }
 
     /// What a stack is made of.

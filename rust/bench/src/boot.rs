@@ -74,8 +74,7 @@ fn once(args: &BenchArgs, depth: u32, config: Config, progress: &Progress) -> Re
     let spec = Spec {
         config: Some(config as u8),
         exit_counter: vmm::backdoor::present(),
-        knobs: args.knobs.clone(),
-        ..Spec::new(depth, Inner::Boot)
+        ..args.spec(depth, Inner::Boot)
     };
     let mut booting = Booting {
         depth,

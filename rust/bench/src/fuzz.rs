@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use protocol::{Command, Config, Line};
 use vmm::module::{self, Module};
-use vmm::stack::{self, Handler, Inner, Spec};
+use vmm::stack::{self, Handler, Inner};
 
 use crate::args::BenchArgs;
 use crate::session::{ended_well, need_module};
@@ -234,15 +234,12 @@ fn mismatches() -> u64 {
 
 /// Boots a stack that runs something.
 fn boot(args: &BenchArgs, request: Request, run: &mut Run<'_>) -> Result<(), Failure> {
-    let spec = Spec {
-        knobs: args.knobs.clone(),
-        ..Spec::new(
-            run.level,
-            Inner::Payload {
-                args: request.words(),
-            },
-        )
-    };
+    let spec = args.spec(
+        run.level,
+        Inner::Payload {
+            args: request.words(),
+        },
+    );
     let outcome = stack::run(&spec, &args.files(), args.local(), run)?;
     for error in &run.errors {
         eprintln!("matryoshka: L{}: {error}", run.level);

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::fs;
 
 use protocol::{Command, Config, Line};
-use vmm::stack::{self, Handler, Inner, Spec};
+use vmm::stack::{self, Handler, Inner};
 
 use crate::args::BenchArgs;
 use crate::progress::Progress;
@@ -116,24 +116,21 @@ pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
         verbose: args.verbose,
         progress: Progress::new(args.config.len() as f64),
     };
-    probe.progress.boot(level);
-    let spec = Spec {
-        knobs: args.knobs.clone(),
-        ..Spec::new(
-            level,
-            Inner::Payload {
-                args: format!(
-                    "tests={};cpus={}",
-                    args.tests,
-                    match (args.crowd, args.pair) {
-                        (true, _) => 4,
-                        (_, true) => 2,
-                        _ => 1,
-                    }
-                ),
-            },
-        )
-    };
+    probe.progress.boot(level, args.slow_ticks(level));
+    let spec = args.spec(
+        level,
+        Inner::Payload {
+            args: format!(
+                "tests={};cpus={}",
+                args.tests,
+                match (args.crowd, args.pair) {
+                    (true, _) => 4,
+                    (_, true) => 2,
+                    _ => 1,
+                }
+            ),
+        },
+    );
     let outcome = stack::run(&spec, &args.files(), args.local(), &mut probe)?;
     drop(probe.progress);
     if let Some(directory) = &args.log {

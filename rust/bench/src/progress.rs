@@ -43,9 +43,13 @@ impl Progress {
         }
     }
 
-    /// A stack is about to boot.
-    pub fn boot(&mut self, level: u32) {
-        self.say(format!("booting a stack of {level}"));
+    /// A stack is about to boot, whose clocks are so many times slower.
+    pub fn boot(&mut self, level: u32, slow_ticks: u32) {
+        let slow = match slow_ticks {
+            0 | 1 => String::new(),
+            factor => format!(", clocks {factor} times slower"),
+        };
+        self.say(format!("booting a stack of {level}{slow}"));
     }
 
     /// A round begins.

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use protocol::{Command, Config, Line, Op};
 use vmm::machine::Exit;
-use vmm::stack::{self, Handler, Inner, Spec};
+use vmm::stack::{self, Handler, Inner};
 
 use crate::args::BenchArgs;
 use crate::compare::{self, Comparison};
@@ -209,7 +209,7 @@ pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
     };
     let (mut errors, mut counted, mut stopped) = (Vec::new(), false, None);
     for (stack, configs, again) in turns(args, &stacks) {
-        progress.boot(stack.level);
+        progress.boot(stack.level, args.slow_ticks(stack.level));
         let mut session = Session::new(
             stack.level,
             configs,
@@ -299,10 +299,7 @@ fn turns<'a>(
 }
 
 fn one_stack(args: &BenchArgs, stack: &Stack, session: &mut Session<'_>) -> Result<(), Failure> {
-    let spec = Spec {
-        knobs: args.knobs.clone(),
-        ..Spec::new(stack.level, Inner::Payload { args: stack.args() })
-    };
+    let spec = args.spec(stack.level, Inner::Payload { args: stack.args() });
     let outcome = stack::run(&spec, &args.files(), args.local(), session)?;
     ended_well(stack.level, &outcome.exit)
 }
@@ -387,10 +384,7 @@ pub fn profile(args: &BenchArgs) -> Result<Code, Failure> {
         failed: false,
     };
     let args_text = format!("profile={}", stack.specs[0].op.name());
-    let spec = Spec {
-        knobs: args.knobs.clone(),
-        ..Spec::new(stack.level, Inner::Payload { args: args_text })
-    };
+    let spec = args.spec(stack.level, Inner::Payload { args: args_text });
     let outcome = stack::run(&spec, &args.files(), args.local(), &mut host)?;
     ended_well(stack.level, &outcome.exit)?;
     Ok(if host.failed { Code::Failed } else { Code::Ok })

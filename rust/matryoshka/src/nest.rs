@@ -100,6 +100,11 @@ pub struct NestArgs {
     #[arg(long, default_value = "", value_name = "WORDS")]
     append: String,
 
+    /// Timer ticks of the guests' kernels come so many times less often, for their clocks go slower: at five
+    /// levels a tick costs as much as lies between two [default: 1, from five levels on 9]
+    #[arg(long, value_name = "FACTOR", value_parser = clap::value_parser!(u32).range(1..))]
+    slow_ticks: Option<u32>,
+
     /// Put a file of this host into an innermost Linux
     #[arg(long, value_name = "SRC=DST", value_parser = parse_file, requires = "linux")]
     file: Vec<(PathBuf, String)>,
@@ -144,6 +149,7 @@ impl NestArgs {
             memory_mib: self.memory,
             verbose: self.verbose,
             append: self.append.clone(),
+            slow_ticks: vmm::clock::factor(self.slow_ticks, self.depth),
             knobs: self.knobs.clone(),
             ..Spec::new(self.depth, inner)
         }

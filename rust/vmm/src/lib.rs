@@ -14,6 +14,7 @@
 
 pub mod backdoor;
 pub mod boot;
+pub mod clock;
 pub mod console;
 pub mod control;
 pub mod cpio;

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use kvm_ioctls::Kvm;
 use protocol::{Boot, Command, Config as Round, PayloadInfo};
 use serde::{Deserialize, Serialize};
 
@@ -26,7 +27,7 @@ use crate::machine::{self, Exit, Machine};
 use crate::memory::{Memory, PAGE};
 use crate::module::Knob;
 use crate::payload::PAYLOAD_MIB;
-use crate::{backdoor, boot, module, mptable, payload, shuffle, Error, Result};
+use crate::{backdoor, boot, clock, module, mptable, payload, shuffle, Error, Result};
 
 /// The most levels. Each one costs sixteen times the one before, so nobody gets
 /// near it; it keeps a slip of the finger from filling memory.
@@ -77,6 +78,9 @@ pub struct Spec {
     pub verbose: u8,
     /// More words for the guest kernels' command lines.
     pub append: String,
+    /// By how much their clocks are slower, see [`clock`].
+    #[serde(default)]
+    pub slow_ticks: u32,
     /// The emulator's exit counter is there ([`backdoor::present`] on L0).
     pub exit_counter: bool,
     /// Where in an innermost Linux the additional files go ([`Files::extra`]).
@@ -102,11 +106,23 @@ impl Spec {
             memory_mib: None,
             verbose: 0,
             append: String::new(),
+            slow_ticks: clock::factor(None, depth),
             exit_counter: false,
             extra: Vec::new(),
             config: None,
             knobs: Vec::new(),
         }
+    }
+
+    /// The host knows how fast the TSC is, and puts into the command lines of all levels what makes their clocks slow.
+    fn with_clock(&self, kvm: &Kvm) -> Result<Spec> {
+        let mut spec = self.clone();
+        if self.level == 0 && self.runs_linux() {
+            if let Some(words) = clock::slowed(kvm, self.slow_ticks)? {
+                spec.append = format!("{} {words}", spec.append).trim().to_owned();
+            }
+        }
+        Ok(spec)
     }
 
     /// Whether the machine this level runs is a Linux.
@@ -248,6 +264,7 @@ pub fn run(spec: &Spec, files: &Files, local: Local, handler: &mut dyn Handler) 
         module::tune(&spec.knobs)?;
     }
     let kvm = Machine::open_kvm()?;
+    let spec = &spec.with_clock(&kvm)?;
     let config = machine::Config {
         cpus: spec.cpus_inside(),
         all_begin: !spec.runs_linux(),
