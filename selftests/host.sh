@@ -205,7 +205,7 @@ if grep -q core /sys/power/pm_test 2>/dev/null && grep -qw mem /sys/power/state;
 	PM_TEST=$(sed -n 's/.*\[\(.*\)\].*/\1/p' /sys/power/pm_test) PM_TEST_DELAY=$(cat $PM_DELAY)
 	# As far as the last processor and KVM's own hook, or, where there is no suspend to memory, as far as idling goes.
 	case $(cat /sys/power/mem_sleep 2>/dev/null) in
-	'[s2idle]') echo platform >/sys/power/pm_test ;;
+	*'[s2idle]'*) echo platform >/sys/power/pm_test ;;
 	*) echo core >/sys/power/pm_test ;;
 	esac
 	echo 0 >$PM_DELAY

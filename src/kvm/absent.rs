@@ -15,7 +15,7 @@ use crate::{
     bindings,
     hook::CallId,
     policy::{
-        ept::{absent, Access},
+        ept::{absent, Access, EXEC, USER_EXEC},
         ept_trail::{Start, Trail},
     },
 };
@@ -78,7 +78,8 @@ impl Vcpu {
         };
         // is_rsvd_bits_set(), for an entry without bit 7.
         let is_reserved = |entry: u64, level: u32| {
-            entry & table_rules(level as usize) != 0 || bad >> (entry & 0x3f) & 1 != 0
+            let executes = if entry & USER_EXEC != 0 { EXEC } else { 0 };
+            entry & table_rules(level as usize) != 0 || bad >> ((entry | executes) & 0x3f) & 1 != 0
         };
         let slot = &mut way.slot;
         let place = |gpa| {

@@ -203,8 +203,8 @@ pub struct BenchArgs {
     #[arg(long = "set", value_name = "PATH/KNOB=VALUE")]
     pub knobs: Vec<vmm::module::Knob>,
 
-    /// Timer ticks of the guests' kernels come so many times less often, for their clocks go slower: in a stack of
-    /// five levels a tick costs as much as lies between two [default: 1, from five levels on 9]
+    /// Slow the clocks of the guests' kernels by this factor, or as far as they bear, so that their timer ticks come
+    /// less often [default: 1, in stacks of five levels and more 9]
     #[arg(long, value_name = "FACTOR", value_parser = clap::value_parser!(u32).range(1..))]
     pub slow_ticks: Option<u32>,
 

@@ -53,6 +53,7 @@ pub fn boots(
     let last = repeat.then_some((Config::Stock, true));
     let first = args.config.iter().map(|&config| (config, false));
     for (config, is_again) in first.chain(last) {
+        progress.boot(depth, args.slow_ticks(depth));
         progress.round(depth, config);
         progress.operation(Op::Boot);
         let row = once(args, depth, config, progress)?;

@@ -43,11 +43,11 @@ impl Progress {
         }
     }
 
-    /// A stack is about to boot, whose clocks are so many times slower.
+    /// A stack is about to boot, whose clocks are slowed by as much.
     pub fn boot(&mut self, level: u32, slow_ticks: u32) {
         let slow = match slow_ticks {
             0 | 1 => String::new(),
-            factor => format!(", clocks {factor} times slower"),
+            factor => format!(", clocks slowed by up to {factor}"),
         };
         self.say(format!("booting a stack of {level}{slow}"));
     }

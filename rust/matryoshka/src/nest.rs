@@ -100,8 +100,8 @@ pub struct NestArgs {
     #[arg(long, default_value = "", value_name = "WORDS")]
     append: String,
 
-    /// Timer ticks of the guests' kernels come so many times less often, for their clocks go slower: at five
-    /// levels a tick costs as much as lies between two [default: 1, from five levels on 9]
+    /// Slow the clocks of the guests' kernels by this factor, or as far as they bear, so that their timer ticks come
+    /// less often [default: 1, in stacks of five levels and more 9]
     #[arg(long, value_name = "FACTOR", value_parser = clap::value_parser!(u32).range(1..))]
     slow_ticks: Option<u32>,
 
@@ -150,6 +150,7 @@ impl NestArgs {
             verbose: self.verbose,
             append: self.append.clone(),
             slow_ticks: vmm::clock::factor(self.slow_ticks, self.depth),
+            config: self.config.first().map(|&first| first as u8),
             knobs: self.knobs.clone(),
             ..Spec::new(self.depth, inner)
         }
@@ -322,6 +323,12 @@ fn start(args: &NestArgs, spec: &Spec) -> vmm::Result<stack::Outcome> {
         exit_counter: vmm::backdoor::present(),
         ..spec.clone()
     };
+    if spec.slow_ticks > 1 && !args.plain {
+        eprintln!(
+            "matryoshka: the guests' clocks are slowed by up to {} (--slow-ticks 1 leaves them)",
+            spec.slow_ticks
+        );
+    }
     let set = !args.config.is_empty();
     let rounds: Vec<u32> = if set {
         args.config.clone()

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! How fast the guests' kernels take their TSC for.
 //!
-//! A timer tick of a guest costs several exits at each level below it. At five levels that is as much as lies between two ticks: a
-//! kernel that is served its ticks gets nothing else done. If it takes the TSC for N times as fast as it is, its ticks come N
+//! A timer tick of a guest costs several exits at each level below it. In a stack of five levels on stock KVM that is more than lies
+//! between two ticks: a kernel that is served its ticks gets nothing else done. If it takes the TSC for N times as fast as it is, its ticks come N
 //! times less often, and its clock goes N times slower, which a measurement in TSC cycles does not mind.
 
 use kvm_ioctls::Kvm;

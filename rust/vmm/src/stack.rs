@@ -86,7 +86,8 @@ pub struct Spec {
     /// Where in an innermost Linux the additional files go ([`Files::extra`]).
     pub extra: Vec<String>,
     /// How every level sets its module before it starts its machine: the number of a
-    /// [`Config`](protocol::Config). Without it modules are set when a command says so.
+    /// [`Config`](protocol::Config). Without it modules are set when a command says so, and the stack boots on stock KVM, which
+    /// takes long if it is deep.
     #[serde(default)]
     pub config: Option<u8>,
     /// Knobs of the module, set at every level that has it loaded, whenever its modes are.

@@ -32,7 +32,7 @@ fn behind(flags: bool) -> Result<(), VmxError> {
     let mut world = World::new(GROUP, PAGES);
     let mut toucher = Toucher::new(GROUP, 8);
     toucher.prepare(&tables)?;
-    // Sixteen pages for each level, in groups of eight, which is what KVM fills at once.
+    // Three pages for each level, none in a group of eight with another, which is what KVM fills at once.
     for (round, level) in (2..=4).enumerate() {
         let first = 64 * round as u64;
         let (old, new, never) = (first, first + 16, first + 32);
@@ -43,7 +43,7 @@ fn behind(flags: bool) -> Result<(), VmxError> {
         toucher.push(Access::Read, new, 0);
         toucher.push(Access::Read, never, 0);
         world.batch("before", &mut toucher, &mut tables)?;
-        // A field that nobody looks at as long as there is no bitmap.
+        // A field that nobody looks at as long as there is no bitmap, and that KVM does not shadow, so that it is KVM that writes.
         let entry = other.next(level, 0) | RWX | ACCESSED;
         vmwrite(IO_BITMAP_A, entry)?;
         vmread_to(IO_BITMAP_A, tables.address(level, 0))?;
