@@ -219,7 +219,7 @@ else
 	CPU1=
 fi
 survives unrest switches l0,check "$happens" --tests $SWITCHES --roam
-happened hit 10
+happened hit 5
 happened suspend 2
 happened unplug 2
 
