@@ -45,12 +45,8 @@ works() {
 	at_least taken $((_taken + 100)) "$(counter taken)" && at_least 'traced calls' "$1" "$(seen nested_vmx_check_controls)"
 }
 
-# listen ON EVENT...: to tracepoints of KVM, or not any more.
-listen() {
-	_on=$1
-	shift
-	for _event; do echo "$_on" >"$INSTANCE/events/$_event/enable" || return 1; done
-}
+# listen ON EVENT: to a tracepoint of KVM, or not any more.
+listen() { echo "$1" >"$INSTANCE/events/$2/enable"; }
 
 reflected() { cat "$SYS/paths/prefault/reflected"; }
 

@@ -90,8 +90,17 @@ merge() {
 
 # As far as the processors and back: the last step before the firmware would take over. A VM that is just being destroyed waits for
 # a worker of KVM's (kvm_arch_pre_destroy_vm() of 7.3), which may be frozen already: then the kernel gives up after a while, and says
-# so with a trace.
-FORGIVEN='/Freezing user space processes failed/,/OOM killer enabled/d'
+# so with a trace. That trace alone is forgiven, not one of a task that refuses to freeze anywhere else.
+FORGIVEN='/Freezing user space processes failed.*(1 tasks refusing/{
+:more
+$!{
+/OOM killer enabled/!{
+N
+b more
+}
+}
+/kvm_arch_pre_destroy_vm/d
+}'
 FREEZE=/sys/power/pm_freeze_timeout
 suspend() {
 	sleep 0.05
