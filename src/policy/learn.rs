@@ -8,7 +8,7 @@
 //! leaves when it is put out on trial and not touched for a window. (One that is touched again and
 //! again without a switch joins as well, and along with a field that joins those, if they are few, whose first touch was in the same switch as
 //! its first. Two of a family, fields that make up one thing, count as one touched twice, and bring the others along.) So the set that a steady habit ends in is that habit's own:
-//! every field whose touches are never more than a window apart, and none that is never touched. A field
+//! every field whose touches are never more than a window apart (20 switches of 32 if it was known for bursts before), and none that is never touched. A field
 //! that is touched in bursts is judged by its rate over [`LONG`] windows, whenever these begin: it comes back after more
 //! than `LONG` touches in them, after half as many again if it has failed by that measure before, and
 //! stays with `LONG`.
@@ -647,9 +647,18 @@ impl Learner {
             self.spent
         };
         self.spent_since = 0;
-        spent
-            .saturating_mul(2 * window)
-            .clamp(window.saturating_mul(TRIAL), most)
+        let pause = spent.saturating_mul(2 * window);
+        let pause = pause.clamp(window.saturating_mul(TRIAL), most);
+        pause.saturating_add(self.jitter())
+    }
+
+    /// Less than a window, another each time. A habit whose period is some windows long would else have all trials of a field fall into the
+    /// same part of it, and one that is touched there alone would stay for ever.
+    fn jitter(&self) -> u16 {
+        // Mixed well: the numbers follow on one another in steps of some multiple of that period.
+        let hash = (self.now ^ self.now >> 15).wrapping_mul(0x7feb_352d);
+        let hash = (hash >> 15 ^ hash) as u16;
+        hash.checked_rem(self.config.window).unwrap_or(0)
     }
 
     fn start_trial(&mut self) -> bool {
