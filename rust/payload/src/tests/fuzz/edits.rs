@@ -28,7 +28,7 @@ const PML: u64 = 1 << 17;
 const TPR_SHADOW: u64 = 1 << 21;
 const NMI_EXITING: u64 = 1 << 3;
 const VIRTUAL_NMIS: u64 = 1 << 5;
-const TIMER: u64 = 1 << 6;
+pub const TIMER: u64 = 1 << 6;
 
 fn any(numbers: &mut Numbers, of: &[u64]) -> u64 {
     of[numbers.below(of.len())]

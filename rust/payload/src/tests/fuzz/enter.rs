@@ -68,6 +68,7 @@ fn enter(world: &mut World, how: How, numbers: &mut Numbers, log: &mut Log) -> E
     // Without a current VMCS, which entering will say, there is nothing to load.
     let _ = load_pdptes(world);
     let _ = invalidate(world);
+    let _ = unblock();
     let vmcs = world.vmcs();
     // SAFETY: children live in the arena, by their page tables or by EPT; `OURS` keeps the host state.
     let result = unsafe { child::enter(how, &mut vmcs.registers) };
@@ -236,13 +237,31 @@ fn load_pdptes(world: &mut World) -> Result<(), VmxError> {
     Ok(())
 }
 
-/// What a hypervisor must do that gives all its children one VPID: what the TLB has of another one, or by another CR3,
-/// goes (SDM volume 3, 30.4.3.3).
+/// What a hypervisor must do that gives all its children one VPID: what the TLB has of another one, or by another CR3 or
+/// other PDPTEs, goes (SDM volume 3, 30.4.3.3). An entry does not see to it.
 fn invalidate(world: &mut World) -> Result<(), VmxError> {
     let with_vpid = vmread(SECONDARY_VM_EXEC_CONTROL)? & ENABLE_VPID != 0;
-    let now = (world.current, vmread(GUEST_CR3)?);
+    let mut pdptes = [0; 4];
+    if with_vpid && world.vmcs().pae {
+        for (field, pdpte) in (GUEST_PDPTR0..).step_by(2).zip(&mut pdptes) {
+            *pdpte = vmread(field)?;
+        }
+    }
+    let now = (world.current, vmread(GUEST_CR3)?, pdptes);
     if with_vpid && world.translated.replace(now) != Some(now) {
         invvpid(ALL_CONTEXTS, [0, 0])?;
+    }
+    Ok(())
+}
+
+/// A preemption timer that has run down lets no instruction pass, but behind STI one did, on stock KVM, in one program of some
+/// tens of thousands: presumably when an interrupt of L0's came just then. So there is no blocking with such a timer.
+fn unblock() -> Result<(), VmxError> {
+    const STI_OR_MOV_SS: u64 = 3;
+    let timed = vmread(PIN_BASED_VM_EXEC_CONTROL)? & edits::TIMER != 0;
+    let blocked = vmread(GUEST_INTERRUPTIBILITY_INFO)?;
+    if timed && blocked & STI_OR_MOV_SS != 0 && vmread(VMX_PREEMPTION_TIMER_VALUE)? == 0 {
+        vmwrite(GUEST_INTERRUPTIBILITY_INFO, blocked & !STI_OR_MOV_SS)?;
     }
     Ok(())
 }

@@ -78,8 +78,8 @@ pub struct World {
     pub vmcs: [Vmcs; VMCSS],
     /// Which one is current.
     pub current: usize,
-    /// Which one used the VPID last, and its CR3.
-    pub translated: Option<(usize, u64)>,
+    /// Which one used the VPID last, with its CR3 and, with PAE paging, its PDPTEs.
+    pub translated: Option<(usize, u64, [u64; 4])>,
     /// A shadow VMCS.
     pub shadow: u64,
     /// A VMCS for nothing but being the current one.
