@@ -24,7 +24,7 @@ come_and_go() {
 
 whole_life() {
 	# Some calls go to the stock code, others do not, at random.
-	echo "2 $((${MATRYOSHKA_SEED:-0} + $1))" >$SYS/detour || return 1
+	echo "2 $((${MATRYOSHKA_SEED:-1} + $1))" >$SYS/detour || return 1
 	sleep 0.05
 	_modes='on check'
 	[ $(($1 % 4)) -ne 3 ] || _modes='on off check'

@@ -152,5 +152,6 @@ else
 	fi
 	set_mode off
 fi
-check "the version is that of the module" equal version "$(cat /sys/module/matryoshka/version 2>/dev/null || cat $SYS/version)" "$(cat $SYS/version)"
+check "the version is the one that the log has of the module" equal version \
+	"$(dmesg | sed -n 's/.*matryoshka: \([0-9.]*\) loaded$/\1/p' | tail -n 1)" "$(cat $SYS/version)"
 finish

@@ -27,7 +27,7 @@ mod tracepoint;
 
 use kernel::prelude::*;
 
-/// Version of the module, as `modinfo` and sysfs show it.
+/// Version of the module, as the kernel's log and sysfs show it. dkms.conf has it, too.
 pub(crate) const VERSION: &str = "0.1.0";
 
 module! {

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::fs;
 
 use protocol::{Command, Config, Line};
-use vmm::stack::{self, Handler, Inner};
+use vmm::stack::{self, Handler, Inner, Spec};
 
 use crate::args::BenchArgs;
 use crate::progress::Progress;
@@ -117,20 +117,17 @@ pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
         progress: Progress::new(args.config.len() as f64),
     };
     probe.progress.boot(level, args.slow_ticks(level));
-    let spec = args.spec(
-        level,
-        Inner::Payload {
-            args: format!(
-                "tests={};cpus={}",
-                args.tests,
-                match (args.crowd, args.pair) {
-                    (true, _) => 4,
-                    (_, true) => 2,
-                    _ => 1,
-                }
-            ),
-        },
-    );
+    let cpus = match (args.crowd, args.pair) {
+        (true, _) => 4,
+        (_, true) => 2,
+        _ => 1,
+    };
+    let words = format!("tests={};cpus={cpus}", args.tests);
+    let spec = Spec {
+        // As the first round has it: a deep stack on stock KVM takes long to boot.
+        config: args.config.first().map(|&first| first as u8),
+        ..args.spec(level, Inner::Payload { args: words })
+    };
     let outcome = stack::run(&spec, &args.files(), args.local(), &mut probe)?;
     drop(probe.progress);
     if let Some(directory) = &args.log {

@@ -26,6 +26,7 @@ PROJECT = os.path.dirname(os.path.dirname(EMULATOR))
 
 HUNG, WARNED, BROKEN = 124, 123, 125
 
+TLBS = ("tagged", "flushed", "deaf")
 EXAMPLES = """\
 examples:
   scripts/emu run -- uname -a                        one command in L0
@@ -66,7 +67,7 @@ def arguments():
     add("--ips", type=int, default=os.environ.get("MATRYOSHKA_IPS") or "3500000000", metavar="N",
         help="instructions that L0 takes for a second (default $MATRYOSHKA_IPS or 3500000000). Fewer make what waits for "
              "timers shorter, such as RCU's grace periods, and interrupt more often what is measured")
-    add("--tlb", choices=("tagged", "flushed", "deaf"), default=os.environ.get("MATRYOSHKA_TLB") or "tagged",
+    add("--tlb", choices=TLBS, default=os.environ.get("MATRYOSHKA_TLB") or "tagged",
         help="guests and hypervisors keep their TLB entries by VPID and EPT, as on real processors, so that a forgotten invalidation "
         "shows; or each VM entry and VM exit flushes all; deaf: INVEPT and INVVPID do nothing, to see that it shows (default "
         "$MATRYOSHKA_TLB or tagged)")
@@ -85,7 +86,11 @@ def arguments():
     run.add_argument("-v", "--verbose", action="store_true", help="show the console")
     run.add_argument("command", nargs="+", metavar="COMMAND", help="what to run, after --")
     modes.add_parser("shell", parents=[common], help="a shell in L0")
-    return parser.parse_args()
+    args = parser.parse_args()
+    # What comes from the environment is not held against the choices, and the emulator takes any other word for "flushed".
+    if args.tlb not in TLBS:
+        parser.error(f"MATRYOSHKA_TLB={args.tlb}: one of {', '.join(TLBS)}")
+    return args
 
 
 def lab_paths(args):

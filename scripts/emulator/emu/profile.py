@@ -6,6 +6,7 @@ import collections
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -32,6 +33,8 @@ PLUMBING = ("__x86_indirect_thunk", "__x86_return_thunk", "srso_", "retbleed_", 
 
 
 MODULES = 0xFFFFFFFFA0000000    # where the kernel puts modules
+CONFIGS = ("stock", "idle", "l0", "all")    # as matryoshka bench has them
+DEEPEST = 8    # MAX_DEPTH of rust/vmm/src/stack.rs
 
 
 class Profile:
@@ -273,11 +276,11 @@ def arguments():
     parser = argparse.ArgumentParser(prog="scripts/profile", description=__doc__, epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("op", nargs="?", help="operation, as matryoshka bench names it")
-    add("--depth", type=int, default=0, metavar="N", help="level that executes the operation (default 2)")
+    add("--depth", type=int, metavar="N", help="level that executes the operation (default 2)")
     add("--config", default="stock", help="stock, idle, l0 or all (default stock)")
     add("--command", metavar="COMMAND", help="profile this shell command's regions instead")
     add("--report", metavar="DIR", help="only print what DIR holds")
-    add("--out", default=None, metavar="DIR", help="where it goes (default out/profile-OP-N)")
+    add("--out", default=None, metavar="DIR", help="where it goes, instead of a profile that is there (default out/profile-OP-N)")
     add("--symbols", action="append", default=[], metavar="LEVEL=FILE", help="more symbols for a level: ELF, System.map or kallsyms")
     add("--file", action="append", default=[], metavar="SRC=DST", help="put a file into L0")
     add("--kernel", metavar="VERSION", help="kernel version (default: the lab's)")
@@ -289,7 +292,20 @@ def arguments():
     args = parser.parse_args()
     if not (args.op or args.command or args.report):
         parser.error("say what to profile: an operation, --command or --report")
+    if args.config not in CONFIGS:
+        parser.error(f"--config {args.config}: one of {', '.join(CONFIGS)}")
+    if args.depth is not None and not 1 <= args.depth <= DEEPEST:
+        parser.error(f"--depth {args.depth}: from 1 to {DEEPEST}")
     return args
+
+
+def make_room(directory):
+    """Makes the output directory, without what a profile before left in it; one with anything else in it is somebody's."""
+    if os.path.isdir(directory) and os.listdir(directory):
+        if not any(os.path.exists(os.path.join(directory, name)) for name in ("profile", "depth", "console.log")):
+            sys.exit(f"profile: {directory} is not empty and holds no profile: choose another --out, or empty it")
+        shutil.rmtree(directory)
+    os.makedirs(directory, exist_ok=True)
 
 
 def has_profiler(args):
@@ -301,9 +317,7 @@ def has_profiler(args):
 def record(args):
     """Runs it on the instrumented emulator; returns its status."""
     command = args.command or f"matryoshka bench --profile {shlex.quote(args.op)} --depth {args.depth} --config {shlex.quote(args.config)}"
-    if os.path.isdir(args.out):
-        shutil.rmtree(args.out)
-    os.makedirs(args.out)
+    make_room(args.out)
     if not has_profiler(args):
         lab = [os.path.join(emu.PROJECT, "scripts", "lab"), "setup", "--profiler"]
         status = subprocess.run(lab + (["--kernel", args.kernel] if args.kernel else []), check=False).returncode
@@ -319,7 +333,10 @@ def record(args):
         run += ["--file", entry]
     run += ["--bare"] if args.bare else []
     run += ["--", "sh", "-c", f"{command}; s=$?; cat /proc/kallsyms >/out/kallsyms; exit $s"]
-    return subprocess.run(run, check=False, env=environment).returncode
+    # SIGTERM to this process alone ends both.
+    with subprocess.Popen(run, env=environment) as child:
+        signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+        return child.wait()
 
 
 def main():
