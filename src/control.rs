@@ -153,15 +153,16 @@ impl Control {
         if path::COMMON_HOOKS.iter().any(|&id| self.needed(id)) {
             return;
         }
-        // SAFETY: The handlers that make or use states are those of the paths and of the
-        // accounting, all off and drained now; the common ones only drop or clear, under the
-        // table's mutex or for a vCPU whose state is gone.
+        if self.detach(|_, id| common(id)) {
+            // A task that slept in a handler's section may be behind its end, and still look at a state.
+            hook::settle();
+        }
+        // SAFETY: Every hook is off, and no task is in a handler.
         unsafe { state::forget_all() };
-        self.detach(|_, id| common(id));
     }
 
-    /// Takes off the hooks that `which` says, all at once.
-    fn detach(&mut self, which: impl Fn(&Self, HookId) -> bool) {
+    /// Takes off the hooks that `which` says, all at once. Whether there were any.
+    fn detach(&mut self, which: impl Fn(&Self, HookId) -> bool) -> bool {
         let mut going = [const { None }; hook::COUNT];
         for (n, to) in going.iter_mut().enumerate() {
             let goes = |this: &Self| {
@@ -172,8 +173,10 @@ impl Control {
                 *to = self.attached.get_mut(n).and_then(Option::take);
             }
         }
+        let any = going.iter().any(Option::is_some);
         // Waits until nobody is inside.
-        hook::detach(&mut going);
+        hook::detach(&mut going, path::interrupt_all);
+        any
     }
 
     fn attach(&mut self, id: HookId) -> Result<(), AttachError> {

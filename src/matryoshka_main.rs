@@ -94,12 +94,13 @@ impl kernel::Module for Matryoshka {
         // First, and gone last: handlers look at what it finds.
         let tracepoints = tracepoint::Notifier::register()?;
         let running = Running;
+        // Before kvm_intel is looked at, so that its leaving meanwhile is heard of.
+        let notifier = control::Notifier::register()?;
         if layout::kvm_intel_is_loaded() {
             control::kvm_intel_came(usize::from(number(module_parameters::layout_fault.value())))?;
         } else {
             pr_info!("kvm_intel is not loaded; waiting for it\n");
         }
-        let notifier = control::Notifier::register()?;
         let sysfs = sysfs::Tree::new()?;
         alloc::MODULE.gate()?;
         let debugfs = KBox::pin_init(debugfs::Files::new(), GFP_KERNEL)?;

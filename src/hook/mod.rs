@@ -482,17 +482,26 @@ fn wait() {
     }
 }
 
-/// Takes hooks off together and returns when nobody is inside any of them.
-pub(crate) fn detach(hooks: &mut [Option<Attached>; COUNT]) {
+/// Rounds of about a millisecond after which those who sleep in a section are asked to leave.
+const PATIENCE: u32 = 200;
+
+/// Takes hooks off together and returns when nobody is inside any of them. `send_out` is called again and again where that takes
+/// long: a vCPU may wait for a page that does not come.
+pub(crate) fn detach(hooks: &mut [Option<Attached>; COUNT], send_out: impl Fn()) {
     if hooks.iter().all(Option::is_none) {
         return;
     }
     hooks.iter_mut().flatten().for_each(Attached::unregister);
     wait();
+    let mut rounds = 0u32;
     for slot in hooks {
         if let Some(attached) = slot {
             let hook = attached.id.hook();
             while hook.in_flight.load(Ordering::Acquire) != 0 {
+                rounds = rounds.saturating_add(1);
+                if rounds % PATIENCE == 0 {
+                    send_out();
+                }
                 // SAFETY: Process context without locks that a handler takes.
                 unsafe { bindings::msleep(1) };
             }
@@ -511,8 +520,8 @@ pub(crate) fn wait_for_atomic_handlers() {
     unsafe { bindings::synchronize_rcu_tasks_rude() };
 }
 
-/// Waits until no task is in any trampoline, all hooks being off: the last thing before this
-/// module's text is freed.
+/// Waits until no task is in any trampoline or handler, all hooks being off: the last thing before what handlers look at, or
+/// this module's text, is freed.
 pub(crate) fn settle() {
     // SAFETY: Process context; may sleep.
     unsafe { bindings::synchronize_rcu_tasks() };

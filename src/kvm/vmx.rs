@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 //! VMX instructions (SDM volume 3, chapter 32).
+//!
+//! A reboot or kexec that does not wait for tasks turns VMX operation off under them, on each CPU by an interrupt
+//! (`kvm_shutdown()`), and each of these instructions is an invalid opcode from then on. As in KVM's own (`vmx_asm1()`) execution goes on behind it then,
+//! as if it had failed; what the guest sees of it does not matter any more, but an Oops in the middle of a reboot does.
 
 use crate::bindings;
 use core::{
@@ -7,6 +11,26 @@ use core::{
     sync::atomic::{AtomicBool, Ordering},
 };
 use kernel::prelude::*;
+
+// The exception table says so: where it may happen, where to go on, and that this is all (EX_TYPE_DEFAULT).
+const _: () = assert!(bindings::MTK_EX_TYPE_DEFAULT == 1);
+
+/// An instruction that does nothing where it is an invalid opcode.
+macro_rules! forgiven {
+    ($instruction:literal) => {
+        concat!(
+            "2: ",
+            $instruction,
+            "\n3:\n",
+            ".pushsection __ex_table, \"a\"\n",
+            ".balign 4\n",
+            ".long 2b - .\n",
+            ".long 3b - .\n",
+            ".long 1\n",
+            ".popsection"
+        )
+    };
+}
 
 /// Physical address of something in the kernel's direct map (`__pa()`).
 pub(crate) fn physical(ptr: *const core::ffi::c_void) -> u64 {
@@ -30,10 +54,11 @@ pub(crate) fn virtual_address(physical: u64) -> *mut u8 {
 #[inline(always)]
 pub(crate) unsafe fn vmwrite(field: u64, value: u64) -> bool {
     let failed: u8;
-    // SAFETY: By this function's contract VMWRITE does not fault; it changes RFLAGS and the VMCS.
+    // SAFETY: By this function's contract, or without effect; it changes RFLAGS and the VMCS.
     unsafe {
         asm!(
-            "vmwrite {field}, {value}",
+            "stc",
+            forgiven!("vmwrite {field}, {value}"),
             "setbe {failed}",
             field = in(reg) field,
             value = in(reg) value,
@@ -56,7 +81,8 @@ pub(crate) unsafe fn vmptrld(physical: u64) -> bool {
     // SAFETY: By this function's contract.
     unsafe {
         asm!(
-            "vmptrld qword ptr [{p}]",
+            "stc",
+            forgiven!("vmptrld qword ptr [{p}]"),
             "setbe {failed}",
             p = in(reg) &physical,
             failed = out(reg_byte) failed,
@@ -102,7 +128,8 @@ pub(crate) unsafe fn vmclear(physical: u64) -> bool {
     // SAFETY: By this function's contract.
     unsafe {
         asm!(
-            "vmclear qword ptr [{p}]",
+            "stc",
+            forgiven!("vmclear qword ptr [{p}]"),
             "setbe {failed}",
             p = in(reg) &physical,
             failed = out(reg_byte) failed,
@@ -122,10 +149,11 @@ pub(crate) unsafe fn vmclear(physical: u64) -> bool {
 pub(crate) unsafe fn vmread(field: u64) -> Option<u64> {
     let value: u64;
     let failed: u8;
-    // SAFETY: By this function's contract VMREAD does not fault; it changes RFLAGS and `value`.
+    // SAFETY: By this function's contract, or without effect; it changes RFLAGS and `value`.
     unsafe {
         asm!(
-            "vmread {value}, {field}",
+            "stc",
+            forgiven!("vmread {value}, {field}"),
             "setbe {failed}",
             field = in(reg) field,
             value = out(reg) value,
@@ -144,10 +172,10 @@ pub(crate) unsafe fn vmread(field: u64) -> Option<u64> {
 #[inline(always)]
 pub(crate) unsafe fn vmread_basic(field: u64) -> u64 {
     let mut value = 0;
-    // SAFETY: By this function's contract VMREAD does not fault; it changes RFLAGS and `value`.
+    // SAFETY: By this function's contract, or without effect; it changes RFLAGS and `value`.
     unsafe {
         asm!(
-            "vmread {value}, {field}",
+            forgiven!("vmread {value}, {field}"),
             field = in(reg) field,
             value = inout(reg) value,
             options(nostack, nomem),
@@ -164,10 +192,10 @@ pub(crate) unsafe fn vmread_basic(field: u64) -> u64 {
 #[inline(always)]
 pub(crate) unsafe fn vmread_present(field: u64) -> u64 {
     let value;
-    // SAFETY: By this function's contract VMREAD neither faults nor fails; it changes RFLAGS and `value`.
+    // SAFETY: By this function's contract, or without effect; it changes RFLAGS and `value`.
     unsafe {
         asm!(
-            "vmread {value}, {field}",
+            forgiven!("vmread {value}, {field}"),
             field = in(reg) field,
             value = out(reg) value,
             options(nostack, nomem),
@@ -183,10 +211,10 @@ pub(crate) unsafe fn vmread_present(field: u64) -> u64 {
 /// As for [`vmwrite`].
 #[inline(always)]
 pub(crate) unsafe fn vmwrite_basic(field: u64, value: u64) {
-    // SAFETY: By this function's contract VMWRITE does not fault; it changes RFLAGS and the VMCS.
+    // SAFETY: By this function's contract, or without effect; it changes RFLAGS and the VMCS.
     unsafe {
         asm!(
-            "vmwrite {field}, {value}",
+            forgiven!("vmwrite {field}, {value}"),
             field = in(reg) field,
             value = in(reg) value,
             options(nostack),
@@ -203,10 +231,11 @@ pub(crate) unsafe fn vmwrite_basic(field: u64, value: u64) {
 pub(crate) unsafe fn invvpid(kind: u64, vpid: u16, linear: u64) -> bool {
     let descriptor = [u64::from(vpid), linear];
     let failed: u8;
-    // SAFETY: By this function's contract INVVPID does not fault; it reads the descriptor and changes RFLAGS.
+    // SAFETY: By this function's contract, or without effect; it reads the descriptor and changes RFLAGS.
     unsafe {
         asm!(
-            "invvpid {kind}, xmmword ptr [{descriptor}]",
+            "stc",
+            forgiven!("invvpid {kind}, xmmword ptr [{descriptor}]"),
             "setbe {failed}",
             kind = in(reg) kind,
             descriptor = in(reg) &descriptor,

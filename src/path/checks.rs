@@ -11,7 +11,7 @@
 //!   (CR4.LA57, nested_run_pending, disabled_quirks);
 //! - what only an ioctl on the vCPU can change (CPUID and what follows from it, the VMX capability
 //!   MSRs, IA32_PERF_CAPABILITIES, eVMCS) makes the vCPU's memory void: kvm_arch_vcpu_ioctl() is
-//!   hooked, and everything but KVM_RUN and plain register access passes there.
+//!   hooked, and everything but KVM_RUN, plain register access and KVM_SET_GUEST_DEBUG passes there.
 
 use super::Path;
 use crate::{

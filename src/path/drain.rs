@@ -47,6 +47,11 @@ unsafe fn send_out(raw: *mut bindings::kvm_vcpu, counters: &CounterSet) {
     unsafe { CallId::WAKE_UP.call([raw as usize]) };
 }
 
+/// Sends every vCPU's thread out of an interruptible wait, and of KVM_RUN, as far as it is known.
+pub(crate) fn interrupt_all() {
+    state::for_each_counters(|counters| thread::interrupt(counters.fields.thread()));
+}
+
 /// Waits until nothing is kept for any vCPU. One that runs gives it back on its next exit, one that sleeps in
 /// KVM_RUN is sent out, and one that is out has nothing.
 pub(super) fn wait_until_none(sections: &[HookId], holding: fn(&CounterSet) -> bool) {

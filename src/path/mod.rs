@@ -8,6 +8,7 @@
 pub(crate) mod checks;
 pub(crate) mod direct;
 mod drain;
+pub(crate) use drain::interrupt_all;
 mod entry;
 pub(crate) mod exits;
 pub(crate) mod fields;

@@ -387,6 +387,8 @@ impl Vcpu {
         };
         // SAFETY: As the stock function calls it, with its own arguments.
         unsafe { CallId::NEW_PGD.call([self.key(), pgd as usize]) };
+        // Stock asks kvm_apic_has_interrupt() for a truth value, and gets -1 for none: it makes the request on each entry. Whatever else the
+        // request would find (windows, the monitor trap flag, timers, SMIs) makes one itself.
         if Entry::had_window(self) || self.has_init_or_sipi() || self.has_interrupt() {
             self.request(EVENT);
         }

@@ -137,12 +137,16 @@ impl Vcpu {
             && (known.ept_mode == 0 || known.roles == self.guest_mmu_roles())
     }
 
-    /// What the stock function has just made.
+    /// What the stock function has just made; `None` while user space debugs the guest, with exceptions of its own that KVM has exit. (That
+    /// it has stopped is said by KVM_SET_GUEST_DEBUG, which does not pass through kvm_arch_vcpu_ioctl().)
     ///
     /// # Safety
     ///
     /// vmcs02 is current, L2 was entered.
     pub(crate) unsafe fn derived(self, m: Vmcs12) -> Option<Derived> {
+        if read!(self, vcpu.guest_debug) != 0 {
+            return None;
+        }
         // SAFETY: By this function's contract.
         let vmread = |field| unsafe { vmx::vmread(field) };
         Some(Derived {

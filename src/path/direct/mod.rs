@@ -162,6 +162,8 @@ extern "C" fn mtk_on_tdp_page_fault(
         };
     };
     let concerned = state::with(vcpu, |local, counters| {
+        // The fault may wait long for its page.
+        counters.fields.note_thread();
         let memory = &mut local.direct;
         let follows = memory.ahead.follows(page);
         if !follows {
