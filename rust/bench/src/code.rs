@@ -10,7 +10,7 @@ pub enum Code {
     Ok = 0,
     /// Something failed that has no number of its own, or a measurement differs.
     Failed = 1,
-    /// Wrong arguments (clap's own number), or some that contradict each other.
+    /// Wrong arguments (clap's own number), some that contradict each other, or one that names what is not there.
     Usage = 2,
     /// This host is not fit: no KVM, no nesting, files missing.
     Unfit = 3,
@@ -24,7 +24,7 @@ pub enum Code {
 pub const HELP: &str = "Exit status:
   0  all well
   1  something failed; with nest: or the status that the innermost level ended with
-  2  wrong arguments
+  2  wrong arguments: also a file or a name in them that is not there, or of the wrong kind
   3  this host is not fit (no /dev/kvm, no nested VMX, files missing): see `matryoshka doctor`
   4  the module is not loaded, or cannot be loaded
   5  a guest crashed, reset itself or did not end in time";
@@ -38,8 +38,9 @@ impl From<Code> for ExitCode {
 impl From<&vmm::Error> for Code {
     fn from(error: &vmm::Error) -> Code {
         match error {
+            vmm::Error::Usage(_) => Code::Usage,
             vmm::Error::Module(_) => Code::NoModule,
-            vmm::Error::Kvm { .. } => Code::Failed,
+            vmm::Error::Kvm { .. } | vmm::Error::Setting(_) => Code::Failed,
             _ => Code::Unfit,
         }
     }

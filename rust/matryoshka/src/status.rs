@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use clap::Args;
 use comfy_table::{presets, CellAlignment, Table};
 use serde_json::json;
-use vmm::module::{Module, PathStatus};
+use vmm::module::{Module, PathStatus, Settled};
 use vmm::Error;
 
 use crate::{complain, Code};
@@ -30,13 +30,16 @@ const SET_EXAMPLES: &str = "Examples:
 #[derive(Args, Debug)]
 #[command(after_help = SET_EXAMPLES)]
 pub struct SetArgs {
-    /// Path, or `all` for the mode of every path that works on this kernel
+    /// Path, or `all` for the mode of every path that can work here
     path: String,
     /// off, on or check; or the name of a knob
     mode_or_knob: String,
     /// The knob's new value
     value: Option<String>,
 }
+
+/// The modes of a path.
+const MODES: [&str; 3] = ["off", "on", "check"];
 
 /// The module, or the message for its absence.
 pub fn module() -> Result<Module, Code> {
@@ -53,8 +56,12 @@ pub fn module() -> Result<Module, Code> {
 
 /// An error from sysfs: what it says, and the status it ends with.
 pub fn failed(e: Error) -> Code {
+    let code = match e {
+        Error::Usage(_) => Code::Usage,
+        _ => Code::Failed,
+    };
     complain(e);
-    Code::Failed
+    code
 }
 
 /// Runs `status`.
@@ -126,22 +133,29 @@ fn path_table(paths: &[PathStatus]) -> Table {
     t
 }
 
-/// Why a path left calls to the stock code, as far as it did, and how its knobs are set; nothing if there is nothing to say.
+/// Why a path left calls to the stock code, as far as it did, counters that it alone has, and how its knobs are set; nothing if
+/// there is nothing to say.
 fn path_line(p: &PathStatus) -> Option<String> {
     let reasons = p.values.get("fallbacks").map_or("", String::as_str);
     let reasons: Vec<&str> = reasons.lines().filter(|l| !l.ends_with(" 0")).collect();
-    let knobs: Vec<String> = p
-        .values
-        .iter()
-        .filter(|(name, _)| *name != "fallbacks" && !COUNTERS.contains(&name.as_str()))
-        .map(|(name, value)| match value.as_str() {
-            "" => format!("{name} none"),
-            value => format!("{name} {}", value.replace('\n', " ")),
-        })
-        .collect();
+    let others = |knobs: bool| -> Vec<String> {
+        p.values
+            .iter()
+            .filter(|(name, _)| *name != "fallbacks" && !COUNTERS.contains(&name.as_str()))
+            .filter(|(name, _)| p.knobs.contains(*name) == knobs)
+            .map(|(name, value)| match value.as_str() {
+                "" => format!("{name} none"),
+                value => format!("{name} {}", value.replace('\n', " ")),
+            })
+            .collect()
+    };
+    let (counters, knobs) = (others(false), others(true));
     let mut parts = Vec::new();
     if !reasons.is_empty() {
         parts.push(format!("fallbacks {}", reasons.join(", ")));
+    }
+    if !counters.is_empty() {
+        parts.push(format!("counters {}", counters.join(", ")));
     }
     if !knobs.is_empty() {
         parts.push(format!("knobs {}", knobs.join(", ")));
@@ -164,9 +178,7 @@ pub fn set(args: SetArgs) -> Code {
     };
     let (attribute, value) = match &args.value {
         Some(v) => (args.mode_or_knob.as_str(), v.as_str()),
-        None if ["off", "on", "check"].contains(&args.mode_or_knob.as_str()) => {
-            ("mode", args.mode_or_knob.as_str())
-        }
+        None if MODES.contains(&args.mode_or_knob.as_str()) => ("mode", args.mode_or_knob.as_str()),
         None => {
             complain(format!(
                 "{:?} is no mode (off, on, check); if it is a knob of the path, its value is missing",
@@ -175,17 +187,38 @@ pub fn set(args: SetArgs) -> Code {
             return Code::Usage;
         }
     };
-    let done = match (args.path.as_str(), attribute) {
-        ("all", "mode") => module.set_all(value),
+    match (args.path.as_str(), attribute) {
+        ("all", "mode") if MODES.contains(&value) => match module.set_all(value) {
+            Ok(settled) => all_set(&settled),
+            Err(e) => failed(e),
+        },
+        ("all", "mode") => {
+            complain(format!("{value:?} is no mode (off, on, check)"));
+            Code::Usage
+        }
         ("all", _) => {
             complain("knobs belong to one path; `all` takes a mode only");
-            return Code::Usage;
+            Code::Usage
         }
-        (path, attribute) => module.set(path, attribute, value),
-    };
-    match done {
-        Ok(()) => Code::Ok,
-        Err(e) => failed(e),
+        (path, attribute) => match module.set(path, attribute, value) {
+            Ok(()) => Code::Ok,
+            Err(e) => failed(e),
+        },
+    }
+}
+
+/// Says which paths have not taken a mode, and whether that is a failure.
+fn all_set(settled: &Settled) -> Code {
+    for why in &settled.refused {
+        complain(why);
+    }
+    let what = if settled.taken > 0 { "note: " } else { "" };
+    for why in &settled.unable {
+        complain(format!("{what}{why}"));
+    }
+    match settled.good() {
+        true => Code::Ok,
+        false => Code::Failed,
     }
 }
 
@@ -199,6 +232,7 @@ mod tests {
             mode: "on".into(),
             state: "ready".into(),
             values: map(values),
+            knobs: ["pinned", "window"].map(String::from).into(),
         }
     }
 
@@ -223,14 +257,34 @@ mod tests {
         let fallbacks = ("fallbacks", "dirty 0\nevents 10\nother 3");
         let p = path(
             "a",
-            &[("taken", "1"), fallbacks, ("pinned", ""), ("window", "32")],
+            &[
+                ("taken", "1"),
+                fallbacks,
+                ("pinned", ""),
+                ("reentered", "7"),
+                ("window", "32"),
+            ],
         );
-        let line = "a: fallbacks events 10, other 3; knobs pinned none, window 32";
+        let line =
+            "a: fallbacks events 10, other 3; counters reentered 7; knobs pinned none, window 32";
         assert_eq!(path_line(&p).as_deref(), Some(line));
         assert_eq!(
             path_line(&path("b", &[("taken", "1"), ("fallbacks", "")])),
             None
         );
+    }
+
+    #[test]
+    fn all_is_well_if_the_rest_cannot_work_here() {
+        let settled = |taken, unable, refused| Settled {
+            taken,
+            unable: vec![String::new(); unable],
+            refused: vec![String::new(); refused],
+        };
+        assert_eq!(all_set(&settled(2, 0, 0)), Code::Ok);
+        assert_eq!(all_set(&settled(1, 1, 0)), Code::Ok);
+        assert_eq!(all_set(&settled(0, 2, 0)), Code::Failed);
+        assert_eq!(all_set(&settled(1, 0, 1)), Code::Failed);
     }
 
     #[test]

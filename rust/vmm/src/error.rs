@@ -46,9 +46,15 @@ pub enum Error {
     /// A stack cannot be made as asked.
     #[error("{0}")]
     Stack(String),
-    /// The module could not be loaded, unloaded or set.
+    /// The module could not be loaded or unloaded.
     #[error("module: {0}")]
     Module(String),
+    /// The module is there and does not take a setting.
+    #[error("module: {0}")]
+    Setting(String),
+    /// What the user named is not there, of the wrong kind, or more than there can be.
+    #[error("{0}")]
+    Usage(String),
     /// Something about this process or its parent machine.
     #[error("{what}: {source}")]
     Os {

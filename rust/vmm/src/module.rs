@@ -2,11 +2,12 @@
 //! The Matryoshka module as user space sees it: loading, unloading and
 //! /sys/kernel/matryoshka (Documentation/ABI).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -36,6 +37,26 @@ pub struct PathStatus {
     pub state: String,
     /// Every other attribute: counters (numbers) and knobs.
     pub values: BTreeMap<String, String>,
+    /// Names of those that are knobs: their files can be written to.
+    pub knobs: BTreeSet<String>,
+}
+
+/// What became of a mode that every path was to take.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Settled {
+    /// Paths that have it now.
+    pub taken: usize,
+    /// A line for each path that cannot work here, with the reason.
+    pub unable: Vec<String>,
+    /// A line for each path that did not take it for another reason.
+    pub refused: Vec<String>,
+}
+
+impl Settled {
+    /// Whether the mode holds as far as it can: some path has it, and those that have not cannot work here.
+    pub fn good(&self) -> bool {
+        self.taken > 0 && self.refused.is_empty()
+    }
 }
 
 /// The module's sysfs directory.
@@ -76,11 +97,15 @@ impl Module {
                 continue;
             }
             let mut values = attributes(&e.path())?;
+            let mode = values.remove("mode").unwrap_or_default();
+            let state = values.remove("state").unwrap_or_default();
+            let knobs = knobs(&e.path(), &values);
             out.push(PathStatus {
                 name: e.file_name().to_string_lossy().into_owned(),
-                mode: values.remove("mode").unwrap_or_default(),
-                state: values.remove("state").unwrap_or_default(),
+                mode,
+                state,
                 values,
+                knobs,
             });
         }
         out.sort_by(|a, b| a.name.cmp(&b.name));
@@ -88,12 +113,15 @@ impl Module {
     }
 
     /// Writes one attribute of a path (`mode` or a knob).
+    ///
+    /// # Errors
+    /// [`Error::Usage`]: there is no such path, attribute or value. [`Error::Setting`]: the module does not take it now.
     pub fn set(&self, path: &str, attribute: &str, value: &str) -> Result<()> {
         let plain = |s: &str| !s.is_empty() && !s.contains('/') && !s.starts_with('.');
         let dir = self.root.join("paths").join(path);
         if !plain(path) || !dir.is_dir() {
             let known: Vec<_> = self.paths()?.into_iter().map(|p| p.name).collect();
-            return Err(Error::Module(format!(
+            return Err(Error::Usage(format!(
                 "no path is called {path:?}; there are: {}",
                 known.join(", ")
             )));
@@ -101,27 +129,72 @@ impl Module {
         let file = dir.join(attribute);
         if !plain(attribute) || !file.is_file() {
             let known: Vec<_> = attributes(&dir)?.into_keys().collect();
-            return Err(Error::Module(format!(
+            return Err(Error::Usage(format!(
                 "path {path} has no attribute {attribute:?}; it has: {}",
                 known.join(", ")
             )));
         }
-        fs::write(&file, value).map_err(|e| Error::Module(refusal(&file, value, &e)))
+        if !writable(&file) {
+            let mut knobs = knobs(&dir, &attributes(&dir)?);
+            knobs.remove("mode");
+            let knobs: Vec<_> = knobs.into_iter().collect();
+            return Err(Error::Usage(format!(
+                "{attribute} of path {path} is read-only; what can be set is its mode{}",
+                match &knobs[..] {
+                    [] => String::new(),
+                    _ => format!(", and {}", knobs.join(", ")),
+                }
+            )));
+        }
+        fs::write(&file, value).map_err(|e| {
+            let why = refusal(&file, value, &e);
+            match e.raw_os_error() {
+                Some(libc::EINVAL | libc::ERANGE) => Error::Usage(why),
+                _ => Error::Setting(why),
+            }
+        })
     }
 
-    /// Sets the mode of every path that can work on this kernel.
-    pub fn set_all(&self, mode: &str) -> Result<()> {
-        for p in self
-            .paths()?
-            .iter()
-            .filter(|p| !p.state.starts_with("unavailable"))
-        {
-            if p.mode != mode {
-                self.set(&p.name, "mode", mode)?;
+    /// Sets the mode of every path. One that cannot work here is asked again each time: what is in its way (another
+    /// one's hook, say) may have gone. One that does not take it keeps none of the others from it.
+    pub fn set_all(&self, mode: &str) -> Result<Settled> {
+        self.settle(mode, |file| fs::write(file, mode))
+    }
+
+    /// [`Module::set_all`] with what writes the mode to a file.
+    fn settle(&self, mode: &str, write: impl Fn(&Path) -> io::Result<()>) -> Result<Settled> {
+        let mut settled = Settled::default();
+        for p in self.paths()? {
+            let unable = p.state.starts_with("unavailable") && mode != "off";
+            if p.mode == mode && !unable {
+                settled.taken += 1;
+                continue;
+            }
+            let file = self.root.join("paths").join(&p.name).join("mode");
+            match write(&file) {
+                Ok(()) => settled.taken += 1,
+                Err(e) => {
+                    let why = refusal(&file, mode, &e);
+                    match e.raw_os_error() {
+                        Some(libc::EOPNOTSUPP) => settled.unable.push(why),
+                        _ => settled.refused.push(why),
+                    }
+                }
             }
         }
-        Ok(())
+        Ok(settled)
     }
+}
+
+/// Whether anybody may write to the file: of those in sysfs a knob, or a mode.
+fn writable(file: &Path) -> bool {
+    fs::metadata(file).is_ok_and(|data| data.permissions().mode() & 0o222 != 0)
+}
+
+/// Those of a directory's attributes that can be written to.
+fn knobs(dir: &Path, values: &BTreeMap<String, String>) -> BTreeSet<String> {
+    let names = values.keys().filter(|name| writable(&dir.join(name)));
+    names.cloned().collect()
 }
 
 /// Why the attribute `file` of a path was not set to `value`.
@@ -319,7 +392,17 @@ pub fn apply(config: Config, level: u32, file: &Path) -> Result<()> {
                 }
                 load(file, "")?;
             }
-            module.set_all(mode)
+            let settled = module.set_all(mode)?;
+            match settled.good() {
+                true => Ok(()),
+                false => {
+                    let why = [settled.refused, settled.unable].concat();
+                    Err(Error::Setting(format!(
+                        "L{level}'s paths do not go to mode {mode}\n  {}",
+                        why.join("\n  ")
+                    )))
+                }
+            }
         }
     }
 }
@@ -346,6 +429,8 @@ mod tests {
                 ("paths/broken/state", "unavailable: no symbol\n"),
             ] {
                 fs::write(root.join(f), v).unwrap();
+                let mode = if f.ends_with("/mode") { 0o644 } else { 0o444 };
+                fs::set_permissions(root.join(f), fs::Permissions::from_mode(mode)).unwrap();
             }
             Tree(root)
         }
@@ -373,18 +458,56 @@ mod tests {
     }
 
     #[test]
-    fn only_available_paths_are_set() {
+    fn all_paths_are_set_but_those_that_cannot_be() {
         let t = Tree::new("set");
         let m = Module::at(&t.0);
-        m.set_all("check").unwrap();
+        let mode = |path: &str| fs::read_to_string(t.0.join(format!("paths/{path}/mode"))).unwrap();
+        let but_broken = |errno| {
+            move |file: &Path| match file.ends_with("broken/mode") {
+                true => Err(io::Error::from_raw_os_error(errno)),
+                false => fs::write(file, "check"),
+            }
+        };
+        let settled = m.settle("check", but_broken(libc::EOPNOTSUPP)).unwrap();
         assert_eq!(
-            fs::read_to_string(t.0.join("paths/checks/mode")).unwrap(),
-            "check"
+            (mode("checks").trim(), mode("broken").trim()),
+            ("check", "off")
         );
-        assert_eq!(
-            fs::read_to_string(t.0.join("paths/broken/mode")).unwrap(),
-            "off\n"
-        );
+        assert!(settled.good() && settled.taken == 1);
+        assert!(settled.unable[0].ends_with("unavailable: no symbol"));
+        // What is so already counts, and is not written once more.
+        let settled = m.settle("check", but_broken(libc::EACCES)).unwrap();
+        assert!(!settled.good() && settled.taken == 1);
+        assert!(settled.refused[0].contains("broken/mode"));
+        // What was in the way may have gone.
+        assert_eq!(m.set_all("check").unwrap().taken, 2);
+        assert_eq!(mode("broken"), "check");
+        fs::write(t.0.join("paths/checks/mode"), "off").unwrap();
+        let none = |_: &Path| Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+        let settled = m.settle("on", none).unwrap();
+        assert!(!settled.good() && settled.unable.len() == 2);
+    }
+
+    #[test]
+    fn paths_that_cannot_work_are_off_already() {
+        let t = Tree::new("off");
+        let write = |_: &Path| panic!("nothing to write");
+        assert!(Module::at(&t.0).settle("off", write).unwrap().good());
+    }
+
+    #[test]
+    fn knobs_are_what_can_be_written_to() {
+        let t = Tree::new("knobs");
+        let m = Module::at(&t.0);
+        fs::write(t.0.join("paths/checks/window"), "8\n").unwrap();
+        let paths = m.paths().unwrap();
+        assert_eq!(paths[1].knobs, BTreeSet::from(["window".to_owned()]));
+        assert_eq!(paths[1].values["window"], "8");
+        let e = m.set("checks", "taken", "0").unwrap_err();
+        assert!(matches!(e, Error::Usage(_)), "{e}");
+        let says = "taken of path checks is read-only; what can be set is its mode, and window";
+        assert_eq!(e.to_string(), says);
+        assert!(m.set("checks", "window", "16").is_ok());
     }
 
     #[test]
