@@ -35,15 +35,33 @@ fn seconds(s: &str) -> Result<f64, String> {
     }
 }
 
-/// Every counter (a value that is a number) by path and name.
+/// Every counter by path and name.
 type Counters = BTreeMap<(String, String), u64>;
 
+/// The counters: values that are numbers and nobody's to set, and the fallbacks of all reasons together.
 fn counters(paths: &[PathStatus]) -> Counters {
+    let fallbacks = |text: &str| {
+        let count = |line: &str| line.split_whitespace().nth(1)?.parse::<u64>().ok();
+        text.lines().filter_map(count).sum()
+    };
     paths
         .iter()
         .flat_map(|p| p.values.iter().map(move |(k, v)| (p, k, v)))
-        .filter_map(|(p, k, v)| Some(((p.name.clone(), k.clone()), v.parse().ok()?)))
+        .filter(|(p, k, _)| !p.knobs.contains(*k))
+        .filter_map(|(p, k, v)| {
+            let count = match k.as_str() {
+                "fallbacks" => fallbacks(v),
+                _ => v.parse().ok()?,
+            };
+            Some(((p.name.clone(), k.clone()), count))
+        })
         .collect()
+}
+
+/// The mode of a path.
+fn mode<'a>(paths: &'a [PathStatus], name: &str) -> &'a str {
+    let path = paths.iter().find(|p| p.name == name);
+    path.map_or("", |p| p.mode.as_str())
 }
 
 /// Events per second between two looks; a counter that went back began anew.
@@ -92,7 +110,10 @@ fn show(
     if as_json {
         let rows: Vec<_> = now
             .iter()
-            .map(|(k, n)| json!({"path": k.0, "counter": k.1, "value": n, "per_second": rates.get(k)}))
+            .map(|(k, n)| {
+                let mode = mode(paths, &k.0);
+                json!({"path": k.0, "mode": mode, "counter": k.1, "value": n, "per_second": rates.get(k)})
+            })
             .collect();
         println!("{}", json!({ "schema": 1, "counters": rows }));
         return;
@@ -100,14 +121,10 @@ fn show(
     let mut t = table();
     t.set_header(["path", "mode", "counter", "value", "per second"]);
     for (k, n) in now {
-        let mode = paths
-            .iter()
-            .find(|p| p.name == k.0)
-            .map_or("", |p| p.mode.as_str());
         let rate = rates.get(k).copied().unwrap_or(0.0);
         t.add_row([
             k.0.clone(),
-            mode.into(),
+            mode(paths, &k.0).into(),
             k.1.clone(),
             n.to_string(),
             format!("{rate:.1}"),
@@ -130,6 +147,30 @@ mod tests {
         let now = Counters::from([(k("a"), 30), (k("b"), 4), (k("c"), 2)]);
         let r = rates(&before, &now, 2.0);
         assert_eq!((r[&k("a")], r[&k("b")], r[&k("c")]), (10.0, 2.0, 1.0));
+    }
+
+    #[test]
+    fn knobs_are_no_counters_and_fallbacks_are_one() {
+        let values = [
+            ("taken", "5"),
+            ("window", "32"),
+            ("fallbacks", "new 2\nchanged 40\n"),
+            ("pinned", "none"),
+        ];
+        let path = PathStatus {
+            name: "p".into(),
+            mode: "check".into(),
+            state: "active".into(),
+            values: values.map(|(k, v)| (k.into(), v.into())).into(),
+            knobs: ["window", "pinned"].map(String::from).into(),
+        };
+        let k = |s: &str| ("p".to_owned(), s.to_owned());
+        let paths = [path];
+        assert_eq!(
+            counters(&paths),
+            Counters::from([(k("fallbacks"), 42), (k("taken"), 5)])
+        );
+        assert_eq!((mode(&paths, "p"), mode(&paths, "q")), ("check", ""));
     }
 
     #[test]
