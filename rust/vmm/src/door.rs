@@ -40,6 +40,8 @@ enum Answer {
     Saved,
     /// It is not, and runs on unless this says otherwise.
     Refused(String),
+    /// There can be no such file; it runs on.
+    NoSuchFile(String),
 }
 
 /// Where requests come in.
@@ -82,7 +84,12 @@ impl Door {
         match request(&stream) {
             Ok(draft) => Some(Job { stream, draft }),
             Err(e) => {
-                answer(&mut stream, &Answer::Refused(e.to_string()));
+                let why = e.to_string();
+                let refusal = match e {
+                    Error::Usage(_) => Answer::NoSuchFile(why),
+                    _ => Answer::Refused(why),
+                };
+                answer(&mut stream, &refusal);
                 None
             }
         }
@@ -211,6 +218,7 @@ pub fn save(pid: u32, file: &Path, mut progress: impl FnMut(u64, u64)) -> Result
             Ok(Answer::Progress(done, all)) => progress(done, all),
             Ok(Answer::Saved) => return Ok(()),
             Ok(Answer::Refused(why)) => return Err(Error::Stack(why)),
+            Ok(Answer::NoSuchFile(why)) => return Err(Error::Usage(why)),
             Err(e) => return Err(Error::Stack(format!("an answer that is none: {e}"))),
         }
     }

@@ -4,9 +4,12 @@
 //! The first page says what it is and where the rest is, and is written last, so that what was not finished is not taken
 //! for an image. Behind it comes memory, region by region as it is (pages of zeros are holes), then everything else as JSON.
 
-use std::fs::{File, OpenOptions};
-use std::io::{Read, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::ffi::CString;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -45,41 +48,89 @@ pub(crate) struct Contents {
     pub(crate) owner: serde_json::Value,
 }
 
-/// A file that is being written; unless it is finished, nothing of it stays.
+/// A file that is being written; unless it is finished, nothing of it stays. It has no name until then, so that this holds
+/// whatever ends the process; only where the file system cannot do that it has another name, and a signal leaves it behind.
 #[derive(Debug)]
 pub(crate) struct Draft {
     file: File,
-    part: PathBuf,
     path: PathBuf,
-    finished: bool,
+    /// The other name, as long as there is something to remove.
+    part: Option<PathBuf>,
 }
 
 impl Draft {
-    /// Begins `path`, which must not exist, so that finding out that it cannot be written costs nothing.
+    /// Begins `path`, an absolute name, which must not exist, so that finding out that it cannot be written costs nothing.
+    ///
+    /// # Errors
+    /// [`Error::Usage`]: there can be no such file.
     pub(crate) fn create(path: &Path) -> Result<Draft> {
-        if path.exists() {
-            return Err(Error::Image {
-                path: path.to_owned(),
-                what: "exists; choose another name, or remove it".into(),
-            });
+        let directory = path
+            .parent()
+            .filter(|_| fs::symlink_metadata(path).is_err());
+        let Some(directory) = directory else {
+            return Err(refused(path, "exists; choose another name, or remove it"));
+        };
+        // Its name is given by way of /proc.
+        if !Path::new("/proc/self/fd").is_dir() {
+            return Draft::named(path);
         }
+        let mut options = private();
+        match options.custom_flags(libc::O_TMPFILE).open(directory) {
+            Ok(file) => Ok(Draft {
+                file,
+                path: path.to_owned(),
+                part: None,
+            }),
+            Err(e) => match e.raw_os_error() {
+                // The file system, or the kernel, has no files without a name.
+                Some(libc::EOPNOTSUPP | libc::EISDIR) => Draft::named(path),
+                _ => Err(refused(path, e)),
+            },
+        }
+    }
+
+    /// The same with a name of its own, `path` and `.part`.
+    fn named(path: &Path) -> Result<Draft> {
         let mut part = path.as_os_str().to_owned();
         part.push(".part");
         let part = PathBuf::from(part);
-        // A guest's memory is nobody else's business.
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&part)
-            .map_err(Error::file(&part))?;
+        // SAFETY: has no preconditions.
+        let own = unsafe { libc::geteuid() };
+        match fs::symlink_metadata(&part) {
+            Ok(data) if data.is_file() && data.uid() == own => {
+                // What an interrupted save has left.
+                fs::remove_file(&part).map_err(|e| refused(&part, e))?;
+            }
+            Ok(_) => {
+                return Err(refused(
+                    &part,
+                    "is in the way, and no file of yours; choose another name, or remove it",
+                ))
+            }
+            Err(_) => {}
+        }
+        let mut options = private();
+        let file = options.create_new(true).open(&part);
         Ok(Draft {
-            file,
-            part,
+            file: file.map_err(|e| refused(&part, e))?,
             path: path.to_owned(),
-            finished: false,
+            part: Some(part),
         })
+    }
+
+    /// Gives it its name, unless another one has got that meanwhile.
+    fn finish(&mut self) -> io::Result<()> {
+        self.file.sync_all()?;
+        let Some(part) = &self.part else {
+            let nameless = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+            return link(Path::new(&nameless), &self.path);
+        };
+        if fs::symlink_metadata(&self.path).is_ok() {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        fs::rename(part, &self.path)?;
+        self.part = None;
+        Ok(())
     }
 
     /// Writes everything; `progress` gets bytes done and bytes in all. Gives the file's name.
@@ -106,7 +157,7 @@ impl Draft {
                         sum = add(sum, page);
                         self.file
                             .write_all_at(page, at + (number * PAGE) as u64)
-                            .map_err(Error::file(&self.part))?;
+                            .map_err(Error::file(&self.path))?;
                     }
                 }
                 at += chunk.len() as u64;
@@ -121,20 +172,44 @@ impl Draft {
         self.file
             .write_all_at(&json, at)
             .and_then(|()| self.file.write_all_at(&first, 0))
-            .and_then(|()| self.file.sync_all())
-            .and_then(|()| std::fs::rename(&self.part, &self.path))
-            .map_err(Error::file(&self.part))?;
-        self.finished = true;
+            .and_then(|()| self.finish())
+            .map_err(Error::file(&self.path))?;
         Ok(std::mem::take(&mut self.path))
     }
 }
 
 impl Drop for Draft {
     fn drop(&mut self) {
-        if !self.finished {
+        if let Some(part) = &self.part {
             // There is nobody to tell, and nothing else to do.
-            let _ = std::fs::remove_file(&self.part);
+            let _ = fs::remove_file(part);
         }
+    }
+}
+
+/// How a draft is opened: a guest's memory is nobody else's business.
+fn private() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.write(true).mode(0o600);
+    options
+}
+
+/// The file that was asked for cannot be.
+fn refused(path: &Path, why: impl std::fmt::Display) -> Error {
+    Error::Usage(format!("{}: {why}", path.display()))
+}
+
+/// Gives the file behind the link `from` the name `to`, which must be free.
+fn link(from: &Path, to: &Path) -> io::Result<()> {
+    let (from, to) = (
+        CString::new(from.as_os_str().as_bytes())?,
+        CString::new(to.as_os_str().as_bytes())?,
+    );
+    let (cwd, follow) = (libc::AT_FDCWD, libc::AT_SYMLINK_FOLLOW);
+    // SAFETY: both strings end in NUL and are only read.
+    match unsafe { libc::linkat(cwd, from.as_ptr(), cwd, to.as_ptr(), follow) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
@@ -213,4 +288,83 @@ fn add(sum: u64, bytes: &[u8]) -> u64 {
         word[..chunk.len()].copy_from_slice(chunk);
         (sum ^ u64::from_le_bytes(word)).wrapping_mul(0x0000_0100_0000_01b3)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn directory(tag: &str) -> PathBuf {
+        let dir = std::env::temp_dir().join(format!("mtk-image-{tag}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&dir);
+        fs::create_dir_all(&dir).unwrap();
+        dir
+    }
+
+    fn names(dir: &Path) -> Vec<String> {
+        let entries = fs::read_dir(dir).unwrap();
+        let mut names: Vec<_> = entries
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn only_what_is_finished_stays() {
+        let dir = directory("finished");
+        let path = dir.join("stack");
+        for create in [Draft::create, Draft::named] {
+            drop(create(&path).unwrap());
+            assert_eq!(names(&dir), [""; 0]);
+            let mut draft = create(&path).unwrap();
+            draft.file.write_all_at(b"whole", 0).unwrap();
+            draft.finish().unwrap();
+            drop(draft);
+            assert_eq!(names(&dir), ["stack"]);
+            assert_eq!(fs::read(&path).unwrap(), b"whole");
+            assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+            fs::remove_file(&path).unwrap();
+        }
+        fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn nothing_is_overwritten() {
+        let dir = directory("overwritten");
+        let path = dir.join("stack");
+        for create in [Draft::create, Draft::named] {
+            let mut draft = create(&path).unwrap();
+            fs::write(&path, "another's").unwrap();
+            let e = draft.finish().unwrap_err();
+            assert_eq!(e.kind(), io::ErrorKind::AlreadyExists);
+            drop(draft);
+            assert_eq!(names(&dir), ["stack"]);
+            assert_eq!(fs::read(&path).unwrap(), b"another's");
+            fs::remove_file(&path).unwrap();
+        }
+        std::os::unix::fs::symlink("nowhere", &path).unwrap();
+        let e = Draft::create(&path).unwrap_err();
+        assert!(e.to_string().contains("exists"), "{e}");
+        let e = Draft::create(&dir.join("nowhere/stack")).unwrap_err();
+        assert!(matches!(e, Error::Usage(_)) && e.to_string().contains("No such file"));
+        fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn a_stale_part_is_removed_and_what_is_none_is_not() {
+        let dir = directory("stale");
+        let (path, part) = (dir.join("stack"), dir.join("stack.part"));
+        fs::write(&part, "left behind").unwrap();
+        let draft = Draft::named(&path).unwrap();
+        assert_eq!(fs::read(&part).unwrap(), b"");
+        drop(draft);
+        fs::write(dir.join("precious"), "kept").unwrap();
+        std::os::unix::fs::symlink("precious", &part).unwrap();
+        let e = Draft::named(&path).unwrap_err();
+        assert!(e.to_string().contains("in the way"), "{e}");
+        assert_eq!(fs::read(dir.join("precious")).unwrap(), b"kept");
+        assert_eq!(names(&dir), ["precious", "stack.part"]);
+        fs::remove_dir_all(dir).unwrap();
+    }
 }
