@@ -86,31 +86,43 @@ impl Drop for Bar {
     }
 }
 
-/// Which process to ask.
-fn choose(named: Option<u32>, running: &[u32]) -> Result<u32, String> {
+/// Which process to ask. That none runs is nothing that other arguments would help against.
+fn choose(named: Option<u32>, running: &[u32]) -> Result<u32, (Code, String)> {
     match (named, running) {
         (Some(pid), _) => Ok(pid),
         (None, [pid]) => Ok(*pid),
         (None, []) => {
-            Err("no stack runs here that can be saved; start one: matryoshka nest".into())
+            let why = "no stack runs here that can be saved; start one: matryoshka nest";
+            Err((Code::Failed, why.into()))
         }
         (None, several) => {
             let pids: Vec<_> = several.iter().map(u32::to_string).collect();
-            Err(format!(
+            let why = format!(
                 "several stacks run here; say which with --pid: {}",
                 pids.join(", ")
-            ))
+            );
+            Err((Code::Usage, why))
         }
+    }
+}
+
+/// The status for a stack that was not saved: what was named wrongly, the file or with --pid the process, is the user's to mend.
+fn not_saved(e: &Error, named: Option<u32>, running: &[u32]) -> Code {
+    match (e, named) {
+        (Error::Usage(_), _) => Code::Usage,
+        (_, Some(pid)) if !running.contains(&pid) => Code::Usage,
+        _ => Code::Failed,
     }
 }
 
 /// Runs the subcommand.
 pub fn save(args: SaveArgs) -> ExitCode {
-    let pid = match choose(args.pid, &door::running()) {
+    let running = door::running();
+    let pid = match choose(args.pid, &running) {
         Ok(pid) => pid,
-        Err(why) => {
+        Err((code, why)) => {
             complain(why);
-            return Code::Usage.into();
+            return code.into();
         }
     };
     let bar = Bar::new("saving");
@@ -133,7 +145,7 @@ pub fn save(args: SaveArgs) -> ExitCode {
         }
         Err(e) => {
             complain(format!("not saved: {e}"));
-            Code::Failed.into()
+            not_saved(&e, args.pid, &running).into()
         }
     }
 }
@@ -157,7 +169,9 @@ pub fn restore(args: RestoreArgs) -> ExitCode {
             complain(&e);
             match &e {
                 // What is wrong is the file that was named, not this host.
-                Error::Image { .. } | Error::File { .. } => Code::Failed.into(),
+                Error::Image { path, .. } | Error::File { path, .. } if *path == args.file => {
+                    Code::Usage.into()
+                }
                 e => Code::from(e).into(),
             }
         }
@@ -195,7 +209,18 @@ mod tests {
     fn the_only_stack_needs_no_name() {
         assert_eq!(choose(None, &[7]), Ok(7));
         assert_eq!(choose(Some(3), &[7, 8]), Ok(3));
-        assert!(choose(None, &[7, 8]).unwrap_err().contains("--pid: 7, 8"));
-        assert!(choose(None, &[]).unwrap_err().contains("matryoshka nest"));
+        let (code, why) = choose(None, &[7, 8]).unwrap_err();
+        assert!(code == Code::Usage && why.contains("--pid: 7, 8"));
+        let (code, why) = choose(None, &[]).unwrap_err();
+        assert!(code == Code::Failed && why.contains("matryoshka nest"));
+    }
+
+    #[test]
+    fn a_wrong_name_is_a_wrong_argument() {
+        let (name, other) = (Error::Usage(String::new()), Error::Stack(String::new()));
+        assert_eq!(not_saved(&name, None, &[7]), Code::Usage);
+        assert_eq!(not_saved(&other, Some(1), &[7]), Code::Usage);
+        assert_eq!(not_saved(&other, Some(7), &[7]), Code::Failed);
+        assert_eq!(not_saved(&other, None, &[7]), Code::Failed);
     }
 }
