@@ -13,6 +13,7 @@ use protocol::{Boot, Command, Config, Line};
 use serde::{Deserialize, Serialize};
 use vmm::files::Files;
 use vmm::machine::Exit;
+use vmm::memory::{LEAST_MIB, MOST_MIB};
 use vmm::stack::{self, Handler, Inner, Local, Spec, MAX_DEPTH, TOUCH_PAGES};
 use vmm::Error;
 
@@ -76,7 +77,7 @@ pub struct NestArgs {
     cpus: u8,
 
     /// Memory of an innermost Linux in MiB; the levels around it get what they need
-    #[arg(long, value_name = "MIB")]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(LEAST_MIB..=MOST_MIB))]
     memory: Option<u64>,
 
     /// Pages of 4 KiB in the payload's touch region
@@ -314,10 +315,10 @@ fn init_stats(o: &stack::Outcome) -> String {
 }
 
 fn start(args: &NestArgs, spec: &Spec) -> vmm::Result<stack::Outcome> {
-    nested_on(spec.depth)?;
-    let mut files = args.files();
     let (sources, places) = args.extra()?.into_iter().unzip();
-    files.extra = sources;
+    let files = args.files().with_extra(sources);
+    files.check()?;
+    nested_on(spec.depth)?;
     let spec = &Spec {
         extra: places,
         exit_counter: vmm::backdoor::present(),
@@ -445,6 +446,8 @@ mod tests {
             &["--", "uname"],
             &["--linux", "--payload", "x"],
             &["--linux", "--file", "a=b"],
+            &["--linux", "--memory", "0"],
+            &["--linux", "--memory", "18446744073709551615"],
         ] {
             assert!(parse(words).is_err(), "{words:?}");
         }

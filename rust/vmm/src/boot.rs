@@ -106,7 +106,7 @@ pub fn load_linux(
         )
     };
     if cmdline.len() >= CMDLINE_MAX {
-        return Err(Error::Stack(format!(
+        return Err(Error::Usage(format!(
             "kernel command line of {} bytes; Linux takes {}",
             cmdline.len(),
             CMDLINE_MAX - 1
@@ -119,8 +119,8 @@ pub fn load_linux(
         .map(|a| a & !0xfff)
         .filter(|&a| a >= end.next_multiple_of(0x1000))
         .ok_or_else(|| {
-            Error::Memory(format!(
-                "{} MiB hold the kernel up to {} MiB but not the initramfs of {} MiB above it: give more memory",
+            Error::Usage(format!(
+                "guest memory: {} MiB hold the kernel up to {} MiB but not the initramfs of {} MiB above it: give more memory",
                 low_end >> 20,
                 end >> 20,
                 initramfs.len() >> 20

@@ -37,6 +37,8 @@ pub struct Files {
     tool: PathBuf,
     kernel: Option<PathBuf>,
     payload: PathBuf,
+    /// What of it the user has named.
+    named: Vec<PathBuf>,
     /// Sources of the additional files for an innermost Linux; where they go is in the
     /// stack's specification ([`crate::stack::Spec::extra`]).
     pub extra: Vec<PathBuf>,
@@ -54,6 +56,7 @@ impl Files {
             payload: dir.join("payload"),
             guest,
             tool: tool.to_owned(),
+            named: Vec::new(),
             extra: Vec::new(),
         }
     }
@@ -71,17 +74,78 @@ impl Files {
         files
     }
 
-    /// Takes kernel and modules of the Linux levels from another directory.
+    /// Takes kernel and modules of the Linux levels from a directory that the user has named.
     pub fn with_guest(mut self, guest: &Path) -> Files {
         self.guest = guest.to_owned();
+        self.named.push(guest.to_owned());
         self.kernel = KERNELS.iter().map(|k| guest.join(k)).find(|p| p.is_file());
         self
     }
 
-    /// Takes another payload.
+    /// Takes the payload that the user has named.
     pub fn with_payload(mut self, payload: &Path) -> Files {
         self.payload = payload.to_owned();
+        self.named.push(payload.to_owned());
         self
+    }
+
+    /// Puts files that the user has named into an innermost Linux.
+    pub fn with_extra(mut self, extra: Vec<PathBuf>) -> Files {
+        self.named.extend(extra.iter().cloned());
+        self.extra = extra;
+        self
+    }
+
+    /// Looks at what the user has named, before anything is done with it.
+    ///
+    /// # Errors
+    /// [`Error::Usage`]: it is not there, cannot be read or cannot be what it is named for.
+    pub fn check(&self) -> Result<()> {
+        for path in &self.named {
+            let found = fs::metadata(path).and_then(|data| match () {
+                _ if data.is_dir() => fs::read_dir(path).map(drop),
+                _ if data.is_file() => fs::File::open(path).map(drop),
+                // Opening a pipe would take it from who reads it later.
+                _ => Ok(()),
+            });
+            found.map_err(|e| self.blame(Error::file(path)(e)))?;
+        }
+        if self.is_named(&self.guest) {
+            self.kernel()?;
+        }
+        if self.is_named(&self.payload) {
+            crate::payload::check(self.payload()?).map_err(|e| self.blame(e))?;
+        }
+        match self.extra.iter().find(|path| path.is_dir()) {
+            Some(path) => Err(Error::Usage(format!(
+                "{} is a directory; only files can be put into a guest",
+                path.display()
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether the user has named this file, or a directory that it is in.
+    fn is_named(&self, path: &Path) -> bool {
+        self.named.iter().any(|named| path.starts_with(named))
+    }
+
+    /// What is wrong with a file that the user has named is wrong with the command line, and not with this host.
+    pub(crate) fn blame(&self, e: Error) -> Error {
+        match &e {
+            Error::File { path, .. } | Error::Image { path, .. } if self.is_named(path) => {
+                Error::Usage(e.to_string())
+            }
+            _ => e,
+        }
+    }
+
+    /// Something that should be in `place` is not there.
+    fn missing(&self, place: &Path, what: String) -> Error {
+        match self.is_named(place) {
+            true => Error::Usage(what),
+            false => Error::Stack(what),
+        }
     }
 
     /// Takes the `n` additional files from where the level below has put them.
@@ -109,11 +173,12 @@ impl Files {
     /// The kernel of the Linux levels.
     pub fn kernel(&self) -> Result<&Path> {
         self.kernel.as_deref().ok_or_else(|| {
-            Error::Stack(format!(
+            let what = format!(
                 "no guest kernel: {} has none of {}\n  {INSTALL}; or --guest DIR",
                 self.guest.display(),
                 KERNELS.join(", ")
-            ))
+            );
+            self.missing(&self.guest, what)
         })
     }
 
@@ -122,10 +187,11 @@ impl Files {
         if self.payload.is_file() {
             return Ok(&self.payload);
         }
-        Err(Error::Stack(format!(
-            "no payload: {} is not there\n  {INSTALL}; or --payload FILE",
+        let what = format!(
+            "no payload: {} is not there, or no file\n  {INSTALL}; or --payload FILE",
             self.payload.display()
-        )))
+        );
+        Err(self.missing(&self.payload, what))
     }
 
     /// A KVM module of the Linux levels by name, compressed or not.
@@ -161,10 +227,11 @@ impl Files {
                 // irqbypass may be built in.
                 None if innermost || name == "irqbypass" => {}
                 None => {
-                    return Err(Error::Stack(format!(
+                    let what = format!(
                         "{} has no {name}.ko, so nothing can run inside that guest\n  {INSTALL}; or --guest DIR",
                         self.guest.display()
-                    )))
+                    );
+                    return Err(self.missing(&self.guest, what));
                 }
             }
         }
@@ -231,6 +298,43 @@ mod tests {
             )
             .unwrap_err();
         assert!(e.to_string().contains("kvm.ko"), "{e}");
+        fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn what_the_user_named_is_the_users() {
+        let root = tree("named", &[]);
+        let f = Files::new(&root, Path::new("/bin/true"));
+        assert!(matches!(f.payload(), Err(Error::Stack(_))));
+        assert!(matches!(f.kernel(), Err(Error::Stack(_))));
+        let (guest, payload) = (root.join("guest"), root.join("p"));
+        let f = f.with_guest(&guest).with_payload(&payload);
+        assert!(matches!(f.check(), Err(Error::Usage(_))));
+        assert!(matches!(f.payload(), Err(Error::Usage(_))));
+        assert!(matches!(f.kernel(), Err(Error::Usage(_))));
+        let wrong = |path: PathBuf| Error::Image {
+            path,
+            what: "is none".into(),
+        };
+        assert!(matches!(f.blame(wrong(payload)), Error::Usage(_)));
+        assert!(matches!(
+            f.blame(wrong(guest.join("vmlinux"))),
+            Error::Usage(_)
+        ));
+        assert!(matches!(
+            f.blame(wrong(root.join("q"))),
+            Error::Image { .. }
+        ));
+        let says = |f: &Files| f.check().unwrap_err().to_string();
+        fs::write(root.join("guest/bzImage"), b"x").unwrap();
+        fs::write(root.join("p"), b"root:x:0:0").unwrap();
+        let f = f.with_guest(&guest);
+        assert!(says(&f).contains("is not a payload"), "{}", says(&f));
+        fs::write(root.join("p"), b"\x7fELF").unwrap();
+        assert!(f.check().is_ok());
+        let with = |extra: &Path| f.clone().with_extra(vec![extra.to_owned()]);
+        assert!(says(&with(&root.join("nothing"))).contains("nothing: No such file"));
+        assert!(says(&with(&root)).contains("is a directory"));
         fs::remove_dir_all(root).unwrap();
     }
 

@@ -175,7 +175,7 @@ impl Machine {
             )));
         }
         if config.cpus != 1 && config.shuffle.is_some() {
-            return Err(Error::Stack(
+            return Err(Error::Usage(
                 "only a machine with one CPU can be shuffled".into(),
             ));
         }
@@ -381,7 +381,10 @@ impl<'a> Shared<'a> {
             vm: None,
             mem,
             missing: None,
-            deadline: config.limit.map(|limit| Instant::now() + limit),
+            // A time limit that no clock reaches is none.
+            deadline: config
+                .limit
+                .and_then(|limit| Instant::now().checked_add(limit)),
         })
     }
 

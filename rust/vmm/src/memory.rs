@@ -23,6 +23,11 @@ const HUGE: usize = 2 << 20;
 const LOW_RAM_END: u64 = 0xc000_0000;
 const HIGH_RAM_START: u64 = 1 << 32;
 
+/// The most main memory in MiB: 16 TiB, more than any host lends and far from what an address holds.
+pub const MOST_MIB: u64 = 16 << 20;
+/// The least that the tool gives a Linux, in MiB: with less its kernel and what it unpacks have no room.
+pub const LEAST_MIB: u64 = 64;
+
 /// Pages of the memory slot that comes and goes where no guest looks, and where that is.
 const SPARE_PAGES: usize = 64;
 const SPARE_BASE: u64 = 0xb000_0000;
@@ -108,12 +113,20 @@ pub struct Memory {
 impl Memory {
     /// Makes `mib` MiB of main memory (split around the hole below 4 GiB) and a
     /// touch region of `touch_pages` pages of 4 KiB at [`TOUCH_BASE`].
+    ///
+    /// # Errors
+    /// [`Error::Usage`]: more than there can be. [`Error::Memory`]: there is not as much to be had.
     pub fn new(mib: u64, touch_pages: u32) -> Result<Self> {
+        if !(1..=MOST_MIB).contains(&mib) {
+            return Err(Error::Usage(format!(
+                "guest memory: {mib} MiB; 1 to {MOST_MIB} are possible"
+            )));
+        }
         let size = mib << 20;
         let touch_len = touch_pages as usize * PAGE;
         if touch_len != 0 && (size > TOUCH_BASE || touch_len as u64 > LOW_RAM_END - TOUCH_BASE) {
-            return Err(Error::Memory(
-                "a touch region needs main memory of at most 1 GiB below it and at most 2 GiB of its own"
+            return Err(Error::Usage(
+                "guest memory: a touch region needs main memory of at most 1 GiB below it and at most 2 GiB of its own"
                     .into(),
             ));
         }

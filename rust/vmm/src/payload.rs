@@ -2,6 +2,7 @@
 //! Starting a bare-metal ELF payload.
 
 use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
 use linux_loader::loader::{Elf, KernelLoader};
@@ -17,6 +18,25 @@ pub const PAYLOAD_MIB: u64 = 64;
 pub const INFO: u64 = 0x2000;
 /// The most that may lie at [`INFO`]; the stack comes down from 0x8000.
 pub const INFO_MAX: usize = 0x2000;
+
+/// Whether the file can be a payload at all, for who wants to know before there is a machine to load it into.
+///
+/// # Errors
+/// [`Error::Image`]: it is no ELF file.
+pub fn check(path: &Path) -> Result<()> {
+    let mut magic = Vec::new();
+    let file = File::open(path).map_err(Error::file(path))?;
+    file.take(4)
+        .read_to_end(&mut magic)
+        .map_err(Error::file(path))?;
+    match &magic[..] {
+        b"\x7fELF" => Ok(()),
+        _ => Err(Error::Image {
+            path: path.to_owned(),
+            what: "is not a payload (64-bit ELF at 1 MiB or above)".into(),
+        }),
+    }
+}
 
 /// Loads the ELF file `path` at its physical addresses and `info` at [`INFO`].
 ///

@@ -258,6 +258,9 @@ struct Saved {
 }
 
 /// Runs the machine of `spec.level`+1, with everything inside it, to its end.
+///
+/// # Errors
+/// [`Error::Usage`] for what the user has to mend in what they asked for, any other for this level.
 pub fn run(spec: &Spec, files: &Files, local: Local, handler: &mut dyn Handler) -> Result<Outcome> {
     spec.check()?;
     if let Some(config) = spec.config.and_then(Round::from_u8) {
@@ -285,10 +288,11 @@ pub fn run(spec: &Spec, files: &Files, local: Local, handler: &mut dyn Handler) 
             level: spec.level + 1,
             ..spec.clone()
         };
-        let initramfs = initramfs(&next, files)?;
+        let initramfs = initramfs(&next, files).map_err(|e| files.blame(e))?;
         let mem = Memory::new(memory_mib(&next, files), 0)?;
         let mptable = mptable::build(spec.cpus, next.wants_interrupts());
-        let entry = boot::load_linux(&mem, files.kernel()?, &initramfs, &cmdline(&next), &mptable)?;
+        let entry = boot::load_linux(&mem, files.kernel()?, &initramfs, &cmdline(&next), &mptable)
+            .map_err(|e| files.blame(e))?;
         (mem, entry)
     } else {
         let Inner::Payload { args } = &spec.inner else {
@@ -296,8 +300,9 @@ pub fn run(spec: &Spec, files: &Files, local: Local, handler: &mut dyn Handler) 
         };
         let mem = Memory::new(PAYLOAD_MIB, spec.touch_pages)?;
         let info = PayloadInfo::new(spec.level + 1, PAYLOAD_MIB << 20, spec.touch_pages, args)
-            .ok_or_else(|| Error::Stack(format!("payload arguments of {} bytes", args.len())))?;
-        let entry = payload::load_payload(&mem, files.payload()?, info.as_bytes())?;
+            .ok_or_else(|| Error::Usage(format!("payload arguments of {} bytes", args.len())))?;
+        let entry = payload::load_payload(&mem, files.payload()?, info.as_bytes())
+            .map_err(|e| files.blame(e))?;
         (mem, entry)
     };
     let machine = Machine::new(&kvm, config, mem, &entry)?;
