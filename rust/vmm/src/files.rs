@@ -3,7 +3,7 @@
 //!
 //! | file | what |
 //! | ---- | ---- |
-//! | `DIR/matryoshka.ko` | the module for the kernel of this level; without it the one in /lib/modules |
+//! | `DIR/matryoshka.ko` | the module for the kernel of this level, if /lib/modules has none for it |
 //! | `DIR/payload` | the bare-metal payload |
 //! | `DIR/guest/vmlinux` (or bzImage, vmlinuz) | the kernel of the Linux levels |
 //! | `DIR/guest/irqbypass.ko`, `kvm.ko`, `kvm-intel.ko` | its KVM |
@@ -162,12 +162,15 @@ impl Files {
     }
 
     /// The module for the kernel of this level. It need not be there.
+    ///
+    /// What is in /lib/modules is for the kernel that runs. The file in our own directory is for the one that ran when it was put there,
+    /// but the lab's hosts and all guests have no other.
     pub fn module_here(&self) -> PathBuf {
-        let own = self.dir.join("matryoshka.ko");
-        match own.is_file() {
-            true => own,
-            false => module::installed().unwrap_or(own),
-        }
+        self.module_or(module::installed())
+    }
+
+    fn module_or(&self, installed: Option<PathBuf>) -> PathBuf {
+        installed.unwrap_or_else(|| self.dir.join("matryoshka.ko"))
     }
 
     /// The kernel of the Linux levels.
@@ -335,6 +338,16 @@ mod tests {
         let with = |extra: &Path| f.clone().with_extra(vec![extra.to_owned()]);
         assert!(says(&with(&root.join("nothing"))).contains("nothing: No such file"));
         assert!(says(&with(&root)).contains("is a directory"));
+        fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn the_installed_module_is_the_running_kernels() {
+        let root = tree("module", &["matryoshka.ko"]);
+        let f = Files::new(&root, Path::new("/bin/true"));
+        assert_eq!(f.module_or(None), root.join("matryoshka.ko"));
+        let installed = PathBuf::from("/lib/modules/7.3/updates/matryoshka.ko");
+        assert_eq!(f.module_or(Some(installed.clone())), installed);
         fs::remove_dir_all(root).unwrap();
     }
 
