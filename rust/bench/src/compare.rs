@@ -10,10 +10,32 @@ pub struct Comparison {
     pub same: usize,
     /// A line for each that is not.
     pub differences: Vec<String>,
-    /// Names of recorded rows that were not measured now.
+    /// Names of recorded rows that were asked for and not measured now.
+    pub lost: Vec<String>,
+    /// Names of recorded rows that were not asked for.
     pub missing: Vec<String>,
     /// Names of rows measured now that were not recorded.
     pub new: Vec<String>,
+    /// What is counted now and what was, if that is not the same.
+    pub units: Option<String>,
+}
+
+impl Comparison {
+    /// Whether all that was asked for is as recorded, and anything was.
+    pub fn agrees(&self) -> bool {
+        self.same > 0 && self.differences.is_empty() && self.lost.is_empty() && self.units.is_none()
+    }
+}
+
+/// Counts are those of one kernel: an error if the record is another's.
+pub fn same_kernel(then: &Report, kernel: &str) -> Result<(), String> {
+    match then.kernel == kernel {
+        true => Ok(()),
+        false => Err(format!(
+            "the record is of kernel {}, and this is {kernel}: record it anew (--record)",
+            then.kernel
+        )),
+    }
 }
 
 /// A count may always differ by this much: below it a per cent is less than one instruction.
@@ -55,19 +77,35 @@ pub fn difference(now: &Row, then: &Row, tolerance: f64, slack: u64) -> Option<S
         .then(|| format!("{}: {exits} exits into L0 against {before}", title(now)))
 }
 
-/// Compares what was measured with what was recorded.
-pub fn compare(now: &[Row], then: &Report, tolerance: f64) -> Comparison {
+/// Compares what was measured with what was recorded; `asked` says which rows there should be. Without any tolerance there is no
+/// slack either.
+pub fn compare(
+    now: &Report,
+    then: &Report,
+    asked: impl Fn(&Row) -> bool,
+    tolerance: f64,
+) -> Comparison {
     let mut result = Comparison::default();
-    for row in now {
+    if now.unit != then.unit {
+        result.units = Some(format!("{} now, {} in the record", now.unit, then.unit));
+    }
+    let slack = if tolerance > 0.0 { SLACK } else { 0 };
+    for row in &now.rows {
         match then.rows.iter().find(|old| old.key() == row.key()) {
             None => result.new.push(title(row)),
-            Some(old) => match difference(row, old, tolerance, SLACK) {
+            Some(old) => match difference(row, old, tolerance, slack) {
                 None => result.same += 1,
                 Some(line) => result.differences.push(line),
             },
         }
     }
-    let measured = |old: &&Row| !now.iter().any(|row| row.key() == old.key());
-    result.missing = then.rows.iter().filter(measured).map(title).collect();
+    for old in &then.rows {
+        if now.rows.iter().all(|row| row.key() != old.key()) {
+            match asked(old) {
+                true => result.lost.push(title(old)),
+                false => result.missing.push(title(old)),
+            }
+        }
+    }
     result
 }

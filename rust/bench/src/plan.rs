@@ -3,6 +3,8 @@
 
 use protocol::{op, Op, OpSpec, Pattern};
 
+use crate::report::Row;
+
 /// What one level more multiplies a cost by, roughly (measured: 16 to 20).
 const PER_LEVEL: f64 = 18.0;
 /// The same for the touch of a page, part of which is work of the levels above.
@@ -99,6 +101,15 @@ impl Stack {
     pub fn args(&self) -> String {
         let items: Vec<_> = self.specs.iter().map(OpSpec::to_string).collect();
         format!("ops={}", items.join(","))
+    }
+
+    /// Whether such a row is among what it measures, in whatever configuration.
+    pub fn measures(&self, row: &Row) -> bool {
+        self.specs.iter().any(|spec| {
+            spec.op.name() == row.op
+                && spec.op.depth(self.level) == row.depth
+                && spec.pattern.map(Pattern::name) == row.pattern.as_deref()
+        })
     }
 }
 
@@ -239,6 +250,31 @@ mod tests {
         };
         let chosen = stacks(&[Op::TouchCold], &[3], &[Pattern::Sequential], amount);
         assert_eq!(chosen[0].specs[0].count, 64);
+    }
+
+    #[test]
+    fn what_is_measured_is_known_before() {
+        let patterns = [Pattern::Sparse];
+        let ops = [Op::Hypercall, Op::TouchCold];
+        let stacks = stacks(&ops, &[1, 2], &patterns, Amount::default());
+        let measured = |op: Op, depth, pattern: Option<Pattern>| {
+            let row = Row {
+                op: op.name().into(),
+                depth,
+                config: "stock".into(),
+                pattern: pattern.map(|pattern| pattern.name().into()),
+                instructions: Default::default(),
+                l0_exits: None,
+                disturbed: 0,
+                resident_kib: None,
+            };
+            stacks.iter().any(|stack| stack.measures(&row))
+        };
+        assert!(measured(Op::KvmHypercall, 1, None) && measured(Op::Hypercall, 2, None));
+        assert!(!measured(Op::Hypercall, 1, None) && !measured(Op::Cpuid, 2, None));
+        assert!(measured(Op::TouchCold, 2, Some(Pattern::Sparse)));
+        assert!(!measured(Op::TouchCold, 2, Some(Pattern::Random)));
+        assert!(!measured(Op::TouchCold, 3, Some(Pattern::Sparse)));
     }
 
     #[test]

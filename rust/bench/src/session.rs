@@ -172,8 +172,12 @@ fn boot_weight(level: u32) -> f64 {
 
 /// The benchmark.
 pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
+    let wrong = |why| Failure(Code::Usage, why);
     let recorded = args.compare.as_deref().map(Report::read).transpose();
-    let recorded = recorded.map_err(|why| Failure(Code::Usage, why))?;
+    let recorded = recorded.map_err(wrong)?;
+    if let Some(recorded) = &recorded {
+        compare::same_kernel(recorded, &host::kernel()).map_err(wrong)?;
+    }
     let stacks = plan::stacks(
         &args.operations(),
         &args.depths(),
@@ -267,11 +271,15 @@ pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
             .write(file)
             .map_err(|why| Failure(Code::Failed, why))?;
     }
+    let asked = |row: &Row| {
+        let boot = row.op == Op::Boot.name() && boots.contains(&row.depth);
+        (boot || stacks.iter().any(|stack| stack.measures(row)))
+            && args.config.iter().any(|config| config.name() == row.config)
+    };
     let differs = recorded.is_some_and(|recorded| {
-        say(
-            &compare::compare(&report.rows, &recorded, args.tolerance),
-            args.tolerance,
-        )
+        let comparison = compare::compare(&report, &recorded, asked, args.tolerance);
+        say(&comparison, args.tolerance);
+        !comparison.agrees()
     });
     Ok(if errors.is_empty() && !differs && !drifted {
         Code::Ok
@@ -337,20 +345,28 @@ fn drift(report: &Report) -> bool {
     any
 }
 
-/// Prints a comparison. True if it found a difference.
-fn say(comparison: &Comparison, tolerance: f64) -> bool {
+/// Prints a comparison.
+fn say(comparison: &Comparison, tolerance: f64) {
+    if let Some(units) = &comparison.units {
+        println!("cannot be compared: {units}");
+    }
+    for title in &comparison.lost {
+        println!("differs: {title}: recorded and asked for, but not measured");
+    }
     for line in &comparison.differences {
         println!("differs: {line}");
     }
     for title in &comparison.missing {
-        println!("recorded but not measured now: {title}");
+        println!("recorded but not asked for now: {title}");
     }
     for title in &comparison.new {
         println!("not recorded: {title}");
     }
     let (same, other) = (comparison.same, comparison.differences.len());
     println!("compared with the record: {same} within {tolerance} %, {other} not");
-    other > 0
+    if same + other == 0 {
+        println!("nothing that was measured is in the record");
+    }
 }
 
 /// A configuration with the module needs its file, and it is kinder to say so before the first boot.

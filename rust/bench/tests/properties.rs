@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! What holds for any samples, rows and reports, not only for those of one machine.
 
-use bench::compare::{compare, difference};
+use bench::compare::{compare, difference, same_kernel};
 use bench::report::{Counts, Report, Row, SCHEMA};
 use proptest::prelude::*;
 use protocol::{stats, Config, Line, Op, OpSpec, Pattern, Sample};
@@ -145,8 +145,18 @@ proptest! {
         let slower = row(min + min * percent / 100 + 1, None);
         prop_assert!(difference(&slower, &row(min, None), 1.0, 2).is_some());
         prop_assert_eq!(difference(&slower, &row(min, None), 100.0, 2), None);
-        let found = compare(&[slower], &report(vec![row(min, None)]), 1.0);
+        let all = |_: &Row| true;
+        let found = compare(&report(vec![slower]), &report(vec![row(min, None)]), all, 1.0);
         prop_assert_eq!((found.same, found.differences.len()), (0, 1));
+        prop_assert!(!found.agrees());
+    }
+
+    #[test]
+    fn without_tolerance_one_is_too_much(min in 1u64..1 << 40) {
+        let (then, all) = (report(vec![row(min, None)]), |_: &Row| true);
+        prop_assert!(compare(&then, &then, all, 0.0).agrees());
+        let more = report(vec![row(min + 1, None)]);
+        prop_assert!(!compare(&more, &then, all, 0.0).agrees());
     }
 }
 
@@ -154,8 +164,32 @@ proptest! {
 fn rows_that_only_one_side_has_are_named() {
     let mut deeper = row(5, None);
     deeper.depth = 2;
-    let found = compare(&[deeper], &report(vec![row(5, None)]), 1.0);
+    let (now, then) = (report(vec![deeper.clone()]), report(vec![row(5, None)]));
+    let found = compare(&now, &then, |row| row.depth == 2, 1.0);
     assert_eq!(found.missing, ["cpuid at depth 1, stock"]);
     assert_eq!(found.new, ["cpuid at depth 2, stock"]);
-    assert!(found.differences.is_empty());
+    assert!(found.differences.is_empty() && found.lost.is_empty());
+    assert!(!found.agrees(), "nothing matched");
+
+    // With something that matches it is enough, unless the other one had been asked for.
+    let now = report(vec![row(5, None)]);
+    let then = report(vec![row(5, None), deeper]);
+    assert!(compare(&now, &then, |row| row.depth == 1, 1.0).agrees());
+    let found = compare(&now, &then, |_| true, 1.0);
+    assert_eq!(found.lost, ["cpuid at depth 2, stock"]);
+    assert!(!found.agrees());
+}
+
+#[test]
+fn only_the_same_is_compared() {
+    let then = report(vec![row(5, None)]);
+    let mut now = then.clone();
+    now.unit = "other".into();
+    let found = compare(&now, &then, |_| true, 1.0);
+    assert!(!found.agrees());
+    assert_eq!(found.units.as_deref(), Some("other now, u in the record"));
+    assert!(same_kernel(&then, "k").is_ok());
+    assert!(same_kernel(&then, "other")
+        .unwrap_err()
+        .contains("--record"));
 }
