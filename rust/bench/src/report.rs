@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! The results as data: schema 1 of out/bench.json.
 
-use std::fs;
-use std::path::Path;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 
 use protocol::{Config, Op, Pattern};
 use serde::{Deserialize, Serialize};
@@ -114,17 +115,24 @@ impl From<&protocol::Row> for Row {
 }
 
 impl Report {
-    /// Writes it, one row a line, so that a recorded file can be read in a diff.
+    /// Writes it, one row a line, so that a recorded file can be read in a diff. A file that is there is replaced when the new one
+    /// is whole.
     pub fn write(&self, file: &Path) -> Result<(), String> {
         let why = |error: &dyn std::fmt::Display| format!("{}: {error}", file.display());
         let text = self.to_json().map_err(|error| why(&error))?;
-        if let Some(directory) = file
-            .parent()
-            .filter(|parent| !parent.as_os_str().is_empty())
-        {
-            fs::create_dir_all(directory).map_err(|error| why(&error))?;
-        }
-        fs::write(file, text).map_err(|error| why(&error))
+        replace(file, text.as_bytes()).map_err(|error| why(&error))
+    }
+
+    /// Whether [`Report::write`] will be able to write this file, as far as can be told before there is anything to write.
+    pub fn can_write(file: &Path) -> Result<(), String> {
+        let part = place(file).and_then(|place| match place {
+            Place::Open => Ok(()),
+            Place::Name { part, .. } => fresh(&part).and_then(|_| fs::remove_file(part)),
+        });
+        part.map_err(|error| {
+            let file = file.display();
+            format!("{file} cannot be written: {error}; name a place that can be")
+        })
     }
 
     /// The JSON text.
@@ -159,7 +167,113 @@ impl Report {
     }
 }
 
+/// How a file comes to its contents.
+enum Place {
+    /// It is no file but a terminal, a pipe or the like: by writing to it.
+    Open,
+    /// By another one, `part`, which then gets its name.
+    Name { part: PathBuf, name: PathBuf },
+}
+
+/// Makes the directory of `file` if there is none, and finds out what `file` is.
+fn place(file: &Path) -> io::Result<Place> {
+    let parent = |file: &Path| match file.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+        _ => PathBuf::from("."),
+    };
+    fs::create_dir_all(parent(file))?;
+    let name = match fs::metadata(file) {
+        Ok(data) if data.is_dir() => return Err(io::ErrorKind::IsADirectory.into()),
+        Ok(data) if !data.is_file() => return Ok(Place::Open),
+        // A link stays one.
+        Ok(_) => fs::canonicalize(file)?,
+        Err(_) => file.to_owned(),
+    };
+    let Some(last) = name.file_name() else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let own = format!(".{}.{}.part", last.to_string_lossy(), std::process::id());
+    let part = parent(&name).join(own);
+    Ok(Place::Name { part, name })
+}
+
+/// Makes a file anew, and follows no link.
+fn fresh(part: &Path) -> io::Result<File> {
+    // A process of that number may have been interrupted.
+    let _ = fs::remove_file(part);
+    File::create_new(part)
+}
+
+/// Gives the file these contents, at once.
+fn replace(file: &Path, bytes: &[u8]) -> io::Result<()> {
+    let (part, name) = match place(file)? {
+        Place::Open => return fs::write(file, bytes),
+        Place::Name { part, name } => (part, name),
+    };
+    let written = fresh(&part).and_then(|mut new| {
+        if let Ok(old) = fs::metadata(&name) {
+            new.set_permissions(old.permissions())?;
+        }
+        new.write_all(bytes)?;
+        new.sync_all()?;
+        fs::rename(&part, &name)
+    });
+    if written.is_err() {
+        // What is said is why it could not be written.
+        let _ = fs::remove_file(&part);
+    }
+    written
+}
+
 fn lines(rows: &[Row]) -> serde_json::Result<String> {
     let rows: Result<Vec<_>, _> = rows.iter().map(serde_json::to_string).collect();
     Ok(format!("[\n {}\n]", rows?.join(",\n ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn directory(tag: &str) -> PathBuf {
+        let dir = std::env::temp_dir().join(format!("mtk-report-{tag}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&dir);
+        fs::create_dir_all(&dir).unwrap();
+        dir
+    }
+
+    #[test]
+    fn a_file_is_replaced_as_a_whole() {
+        let dir = directory("replace");
+        let (file, link) = (dir.join("new/counts.json"), dir.join("link"));
+        replace(&file, b"one").unwrap();
+        let old = File::open(&file).unwrap();
+        std::os::unix::fs::symlink("new/counts.json", &link).unwrap();
+        replace(&link, b"two").unwrap();
+        assert_eq!(io::read_to_string(old).unwrap(), "one");
+        assert_eq!(fs::read(&file).unwrap(), b"two");
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+        assert_eq!(fs::read_dir(dir.join("new")).unwrap().count(), 1);
+        fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn what_cannot_be_written_is_known_early() {
+        let dir = directory("early");
+        let file = dir.join("new/counts.json");
+        Report::can_write(&file).unwrap();
+        assert_eq!(fs::read_dir(dir.join("new")).unwrap().count(), 0);
+        fs::write(&file, "kept").unwrap();
+        Report::can_write(&file).unwrap();
+        assert_eq!(fs::read(&file).unwrap(), b"kept");
+        Report::can_write(Path::new("/dev/null")).unwrap();
+        for bad in [
+            file.join("in-a-file"),
+            dir.join("new"),
+            "/proc/x.json".into(),
+        ] {
+            let why = Report::can_write(&bad).unwrap_err();
+            assert!(why.contains("cannot be written"), "{why}");
+        }
+        fs::remove_dir_all(dir).unwrap();
+    }
 }

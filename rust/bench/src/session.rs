@@ -195,6 +195,9 @@ pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
         ));
     }
     need_module(args)?;
+    for file in [&args.json, &args.record].into_iter().flatten() {
+        Report::can_write(file).map_err(wrong)?;
+    }
     let rounds = args.config.len() as f64 + 1.0;
     let total = stacks.iter().map(|stack| stack.cost * rounds).sum::<f64>()
         + turns(args, &stacks)
@@ -263,6 +266,10 @@ pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
         eprintln!("matryoshka: {error}");
     }
     if let Some(failure) = stopped {
+        // A record is of a whole run.
+        if let Some(Err(why)) = args.json.as_deref().map(|file| report.write(file)) {
+            eprintln!("matryoshka: {why}");
+        }
         return Err(failure);
     }
     let drifted = drift(&report);
