@@ -70,6 +70,13 @@ fn help() -> String {
     help
 }
 
+/// Which random programs are run if nobody says.
+const SEED: u64 = 1;
+/// How many.
+const PROGRAMS: u64 = 1000;
+/// From which one on.
+const FIRST: u64 = 0;
+
 /// Measure operations of nested guests, with and without the module
 #[derive(Args, Clone, Debug)]
 #[command(after_help = help())]
@@ -116,12 +123,13 @@ pub struct BenchArgs {
     #[arg(long, value_name = "FILE")]
     pub record: Option<PathBuf>,
 
-    /// Compare with counts recorded before; exit 1 if a row differs by more than the tolerance
+    /// Compare with counts recorded before on the same kernel; exit 1 if a row differs by more than the tolerance, if one that
+    /// is recorded and asked for was not measured, or if nothing could be compared
     #[arg(long, value_name = "FILE")]
     pub compare: Option<PathBuf>,
 
-    /// Per cent by which a count may differ from the recorded one
-    #[arg(long, default_value_t = 1.0, value_parser = parse_scale, value_name = "PERCENT")]
+    /// Per cent by which a count may differ from the recorded one; with 0 not even by one or two instructions
+    #[arg(long, default_value_t = 1.0, value_parser = parse_tolerance, value_name = "PERCENT")]
     pub tolerance: f64,
 
     /// Run the payload's correctness tests in each configuration instead, at one depth, and compare
@@ -130,7 +138,12 @@ pub struct BenchArgs {
     pub test: bool,
 
     /// Groups of tests for --test
-    #[arg(long, default_value = "all", value_name = "GROUP,...")]
+    #[arg(
+        long,
+        requires = "test",
+        default_value = "all",
+        value_name = "GROUP,..."
+    )]
     pub tests: String,
 
     /// Directory for the logs of --test, one file for each configuration
@@ -166,16 +179,16 @@ pub struct BenchArgs {
     pub userfaultfd: bool,
 
     /// With --tests fuzz: what the random programs begin with
-    #[arg(long, requires = "test", default_value_t = 1, value_name = "NUMBER")]
+    #[arg(long, requires = "test", default_value_t = SEED, value_name = "NUMBER")]
     pub seed: u64,
 
-    /// With --tests fuzz: how many programs
-    #[arg(long, requires = "test", default_value_t = 1000, value_name = "NUMBER",
+    /// With --tests fuzz: how many programs; above 500 in batches of one size, so that it may be a few more
+    #[arg(long, requires = "test", default_value_t = PROGRAMS, value_name = "NUMBER",
         value_parser = clap::value_parser!(u64).range(1..))]
     pub programs: u64,
 
     /// With --tests fuzz: number of the first program
-    #[arg(long, requires = "test", default_value_t = 0, value_name = "NUMBER")]
+    #[arg(long, requires = "test", default_value_t = FIRST, value_name = "NUMBER")]
     pub first: u64,
 
     /// With --tests fuzz: log all that this program sees
@@ -196,7 +209,7 @@ pub struct BenchArgs {
 
     /// Do this operation once between the emulator's profile marks, at one depth and in one
     /// configuration (see scripts/profile)
-    #[arg(long, value_name = "OP", value_parser = parse_op)]
+    #[arg(long, value_name = "OP", value_parser = parse_op, conflicts_with_all = ["json", "record", "compare"])]
     pub profile: Option<Op>,
 
     /// Set a knob of the module wherever a configuration has it loaded; may be given again
@@ -235,6 +248,31 @@ pub enum Ops {
 }
 
 impl BenchArgs {
+    /// What an option says although it has nothing to say it of.
+    pub fn check(&self) -> Result<(), String> {
+        let fuzz = self.test && self.tests == "fuzz";
+        let of_fuzz = self.show.is_some() || self.minimize || self.detour > 0;
+        let numbers = (self.seed, self.programs, self.first) != (SEED, PROGRAMS, FIRST);
+        if !fuzz && (of_fuzz || numbers) {
+            let options = "--seed, --programs, --first, --show, --minimize and --detour";
+            return Err(format!("{options} are for --tests fuzz alone"));
+        }
+        if fuzz && (self.pair || self.crowd) {
+            return Err("the programs of --tests fuzz run on one processor".into());
+        }
+        if self.userfaultfd && self.depths() != [1] {
+            return Err("--userfaultfd is for the payload of this host's guest: --depth 1".into());
+        }
+        let most = TOUCH_PAGES / Pattern::SPARSE;
+        if self.pattern.contains(&Pattern::Sparse) && self.pages.is_some_and(|pages| pages > most) {
+            return Err(format!(
+                "the pattern sparse visits one page in {} of {TOUCH_PAGES}: --pages {most} at most",
+                Pattern::SPARSE
+            ));
+        }
+        Ok(())
+    }
+
     /// The operations, each once, in the order of a report.
     pub fn operations(&self) -> Vec<Op> {
         let every = self.ops.contains(&Ops::Every);
@@ -329,9 +367,58 @@ fn parse_scale(text: &str) -> Result<f64, String> {
     }
 }
 
+fn parse_tolerance(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if number.is_finite() && number >= 0.0 => Ok(number),
+        _ => Err("a number, 0 or above".into()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        bench: BenchArgs,
+    }
+
+    /// Whether both clap and [`BenchArgs::check`] take these words.
+    fn good(words: &str) -> bool {
+        let words = std::iter::once("bench").chain(words.split_whitespace());
+        Cli::try_parse_from(words).is_ok_and(|cli| cli.bench.check().is_ok())
+    }
+
+    #[test]
+    fn no_option_is_ignored() {
+        for words in [
+            "",
+            "--test --depth 1 --tests exits --userfaultfd",
+            "--test --depth 1 --tests fuzz --programs 20 --detour 3 --minimize",
+            "--profile cpuid --depth 2 --config l0",
+            "--pattern sparse,random --pages 2048",
+            "--pages 4096",
+            "--compare x --tolerance 0",
+        ] {
+            assert!(good(words), "{words}");
+        }
+        for words in [
+            "--tests exits",
+            "--test --tests exits --programs 20",
+            "--test --detour 3",
+            "--test --tests fuzz --pair",
+            "--test --depth 2 --userfaultfd",
+            "--profile cpuid --json x",
+            "--profile cpuid --record x",
+            "--profile cpuid --compare x",
+            "--pattern sparse --pages 4096",
+            "--compare x --tolerance -1",
+        ] {
+            assert!(!good(words), "{words}");
+        }
+    }
 
     #[test]
     fn help_has_every_operation_in_a_line() {

@@ -15,7 +15,7 @@ use crate::args::BenchArgs;
 use crate::session::{ended_well, need_module};
 use crate::{Code, Failure};
 
-/// Programs between two changes of configuration.
+/// Most programs between two changes of configuration.
 const BATCH: u64 = 500;
 /// Most operations of a program.
 const OPERATIONS: u32 = 28;
@@ -256,6 +256,14 @@ fn boot(args: &BenchArgs, request: Request, run: &mut Run<'_>) -> Result<(), Fai
     Ok(())
 }
 
+/// How many batches, and how many programs in each: the payload knows one size only, so they may be a few more than asked for,
+/// but fewer than there are batches. `None`: too many to be numbered.
+fn batches(programs: u64) -> Option<(u16, u64)> {
+    let batches = programs.div_ceil(BATCH).max(1);
+    let per_batch = programs.div_ceil(batches);
+    Some((u16::try_from(batches).ok()?, per_batch))
+}
+
 /// Runs the programs.
 pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
     let [_] = args.depths()[..] else {
@@ -271,12 +279,17 @@ pub fn run(args: &BenchArgs) -> Result<Code, Failure> {
             ways.push(Way { config, detour });
         }
     }
-    let per_batch = BATCH.min(args.programs);
-    let batches = args.programs.div_ceil(per_batch);
-    let batches = u16::try_from(batches).map_err(|_| {
+    let (batches, per_batch) = batches(args.programs).ok_or_else(|| {
         let most = BATCH * u64::from(u16::MAX);
         Failure(Code::Usage, format!("--programs: at most {most} at once"))
     })?;
+    if batches > 1 && u64::from(batches) * per_batch != args.programs {
+        eprintln!(
+            "fuzz: {} programs were asked for: {batches} batches of {per_batch} are {}",
+            args.programs,
+            u64::from(batches) * per_batch
+        );
+    }
     let request = Request {
         seed: args.seed,
         first: args.first,
@@ -444,6 +457,21 @@ mod tests {
         request.show = Some(12);
         request.without = 0x21;
         assert_eq!(request.words(), "tests=fuzz;fuzz=7:10:5:12:21");
+    }
+
+    #[test]
+    fn batches_are_of_one_size() {
+        let all = [
+            (1, 1, 1),
+            (500, 1, 500),
+            (700, 2, 350),
+            (1000, 2, 500),
+            (1001, 3, 334),
+        ];
+        for (programs, number, each) in all {
+            assert_eq!(batches(programs), Some((number, each)));
+        }
+        assert_eq!(batches(u64::MAX), None);
     }
 
     #[test]

@@ -34,9 +34,17 @@ impl From<vmm::Error> for Failure {
     }
 }
 
+/// What can be wrong with the arguments, looked at before anything is done.
+fn check(args: &BenchArgs) -> Result<(), Failure> {
+    args.check().map_err(|why| Failure(Code::Usage, why))?;
+    Ok(args.files().check()?)
+}
+
 /// Runs the subcommand to its exit status, having said on standard error what went wrong.
 pub fn run(args: BenchArgs) -> ExitCode {
-    let result = if args.test && args.tests == "fuzz" {
+    let result = if let Err(failure) = check(&args) {
+        Err(failure)
+    } else if args.test && args.tests == "fuzz" {
         fuzz::run(&args)
     } else if args.test {
         probe::run(&args)

@@ -398,9 +398,9 @@ pub fn need_module(args: &BenchArgs) -> Result<(), Failure> {
 
 /// One operation between the profiler's marks.
 pub fn profile(args: &BenchArgs) -> Result<Code, Failure> {
-    let (Some(op), [depth], [config, ..]) = (args.profile, &args.depths()[..], &args.config[..])
-    else {
-        return Err(Failure(Code::Usage, "--profile wants one --depth".into()));
+    let (Some(op), [depth], [config]) = (args.profile, &args.depths()[..], &args.config[..]) else {
+        let why = "--profile wants one --depth and one --config";
+        return Err(Failure(Code::Usage, why.into()));
     };
     let stacks = plan::stacks(&[op], &[*depth], &args.pattern, plan::Amount::default());
     let Some(stack) = stacks.first() else {
