@@ -35,7 +35,7 @@ pub fn main() -> ! {
     let parent = match mounts().and_then(|()| Parent::open()) {
         Ok(p) => p,
         Err(e) => {
-            eprintln!("matryoshka: as PID 1 outside a stack, or in a guest without it: {e}");
+            eprintln!("matryoshka: as PID 1 with {SPEC_FILE}, but not in a guest of a stack: {e}");
             reboot();
         }
     };
@@ -281,11 +281,15 @@ fn mount(kind: &'static CStr, at: &'static CStr) -> Result<(), Error> {
     Ok(())
 }
 
-/// Resets the machine, for when nobody below listens to the control device.
+/// Resets the machine, for when nobody below listens to the control device. Where that is refused (a container) there is nothing
+/// to do but wait: PID 1 must not end.
 fn reboot() -> ! {
     loop {
-        // SAFETY: ends this machine, which is what PID 1 is for here.
-        unsafe { libc::reboot(libc::RB_AUTOBOOT) };
+        // SAFETY: ends this machine, which is what PID 1 is for here; and waits for a signal.
+        unsafe {
+            libc::reboot(libc::RB_AUTOBOOT);
+            libc::pause();
+        }
     }
 }
 

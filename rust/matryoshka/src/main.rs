@@ -12,9 +12,11 @@ mod term;
 mod transport;
 mod watch;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use vmm::stack::SPEC_FILE;
 
 pub use bench::Code;
 
@@ -43,7 +45,8 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    if std::process::id() == 1 {
+    // In a container the command may be PID 1 as well; a level of a stack has been told what to do.
+    if std::process::id() == 1 && Path::new(SPEC_FILE).exists() {
         init::main();
     }
     // A reader that goes away (`matryoshka status | head`) ends us quietly, as any
