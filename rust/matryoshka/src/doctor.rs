@@ -84,18 +84,40 @@ impl Host {
         Some(matches!(v.as_str(), "Y" | "1"))
     }
 
-    /// A kernel configuration option, as far as a configuration can be found: `Some(true)` for y or m.
-    fn config(&self, option: &str) -> Option<bool> {
+    /// The kernel's configuration, if one can be found.
+    fn configuration(&self) -> Option<String> {
         let places = [
             format!("/boot/config-{}", self.release),
             format!("/lib/modules/{}/config", self.release),
             format!("/usr/lib/modules/{}/config", self.release),
         ];
-        let text = places.iter().find_map(|p| self.read(p))?;
+        places.iter().find_map(|p| self.read(p))
+    }
+
+    /// A kernel configuration option, as far as a configuration can be found: `Some(true)` for y or m.
+    fn config(&self, option: &str) -> Option<bool> {
+        let text = self.configuration()?;
         Some(text.lines().any(|l| {
             l.strip_prefix(option)
                 .is_some_and(|rest| matches!(rest, "=y" | "=m"))
         }))
+    }
+
+    /// Which of KVM's two parts the kernel has built in, as its configuration or its list of such modules says.
+    fn built_in(&self) -> Vec<&'static str> {
+        let config = self.configuration().unwrap_or_default();
+        let list = self.read(&format!("/lib/modules/{}/modules.builtin", self.release));
+        let list = list.unwrap_or_default();
+        [
+            ("kvm", "CONFIG_KVM=y", "/kvm.ko"),
+            ("kvm_intel", "CONFIG_KVM_INTEL=y", "/kvm-intel.ko"),
+        ]
+        .into_iter()
+        .filter(|(_, option, file)| {
+            config.lines().any(|l| l == *option) || list.lines().any(|l| l.ends_with(file))
+        })
+        .map(|(name, ..)| name)
+        .collect()
     }
 
     /// Whether the running kernel has this symbol; `None` where it does not show its symbols.
@@ -143,6 +165,14 @@ fn check(host: &Host) -> Vec<Check> {
     };
     out.push(Check::new("CPU", flag(vmx, Bad), virt, todo));
 
+    // kvm_intel's parameters are given to modprobe, or to the kernel if that has it built in.
+    let built_in = host.built_in();
+    let fixed = built_in.contains(&"kvm_intel");
+    let parameter = |text: &str| match fixed {
+        true => format!("boot with kvm_intel.{text}"),
+        false => format!("load kvm_intel with {text}"),
+    };
+
     let vmx_flags = host.cpu_words("vmx flags");
     let has = |f: &str| vmx_flags.iter().any(|x| x == f);
     if !vmx_flags.is_empty() {
@@ -157,7 +187,10 @@ fn check(host: &Host) -> Vec<Check> {
             } else {
                 "not in the CPU"
             },
-            "nested guests without EPT are hopeless; load kvm_intel with ept=1 if the CPU has it",
+            &format!(
+                "nested guests without EPT are hopeless; {} if the CPU has it",
+                parameter("ept=1")
+            ),
         ));
         let shadow = has("shadow_vmcs");
         let used = host.parameter("kvm_intel", "enable_shadow_vmcs");
@@ -169,8 +202,10 @@ fn check(host: &Host) -> Vec<Check> {
                 (true, Some(false)) => "in the CPU, switched off",
                 (true, _) => "in the CPU",
             },
-            "without it every VMREAD and VMWRITE of L1 exits; load kvm_intel with enable_shadow_vmcs=1 if the CPU \
-             has it",
+            &format!(
+                "without it every VMREAD and VMWRITE of L1 exits; {} if the CPU has it",
+                parameter("enable_shadow_vmcs=1")
+            ),
         ));
     }
 
@@ -182,7 +217,10 @@ fn check(host: &Host) -> Vec<Check> {
             "/dev/kvm",
             Bad,
             "not there",
-            "modprobe kvm_intel; the kernel log says why if it fails",
+            match fixed {
+                true => "kvm_intel is built in: the kernel log says why it does not work here",
+                false => "modprobe kvm_intel; the kernel log says why if it fails",
+            },
         )),
         (Err(e), true) => out.push(Check::new(
             "/dev/kvm",
@@ -197,10 +235,48 @@ fn check(host: &Host) -> Vec<Check> {
             "nested VMX",
             flag(on, Bad),
             if on { "on" } else { "off" },
-            "modprobe -r kvm_intel && modprobe kvm_intel nested=1 (for good: options kvm_intel nested=1 in \
-             /etc/modprobe.d)",
+            match fixed {
+                true => "boot with kvm_intel.nested=1",
+                false => {
+                    "modprobe -r kvm_intel && modprobe kvm_intel nested=1 (for good: options kvm_intel nested=1 in \
+                     /etc/modprobe.d)"
+                }
+            },
+        )),
+        None if fixed => out.push(Check::new(
+            "nested VMX",
+            Bad,
+            "kvm_intel is built in, and not at work",
+            "the kernel log says why",
         )),
         None => out.push(Check::new("nested VMX", Bad, "kvm_intel is not loaded", "modprobe kvm_intel nested=1")),
+    }
+
+    if !built_in.is_empty() {
+        out.push(Check::new(
+            "KVM as modules",
+            Bad,
+            format!("built in: {}", built_in.join(", ")),
+            "the module needs the BTF of kvm and kvm_intel, which only modules have: use a kernel with CONFIG_KVM=m \
+             and CONFIG_KVM_INTEL=m",
+        ));
+    }
+
+    // KVM says N where it does not use it, and kernels without Hyper-V's interfaces do not have it.
+    if let Some(used) = host.parameter("kvm_intel", "enlightened_vmcs") {
+        out.push(Check::new(
+            "enlightened VMCS",
+            flag(!used, Bad),
+            if used {
+                "KVM uses Hyper-V's"
+            } else {
+                "not used"
+            },
+            &format!(
+                "the module cannot read such a VMCS and refuses to load: {}",
+                parameter("enlightened_vmcs=0")
+            ),
+        ));
     }
 
     let missing: Vec<&str> = ["vmlinux", "kvm", "kvm_intel"]
@@ -211,8 +287,16 @@ fn check(host: &Host) -> Vec<Check> {
         "BTF",
         flag(missing.is_empty(), Bad),
         if missing.is_empty() { "kernel, kvm and kvm_intel".into() } else { format!("none for {}", missing.join(", ")) },
-        "the module checks its layouts against BTF: load kvm_intel, or use a kernel with CONFIG_DEBUG_INFO_BTF and \
-         CONFIG_DEBUG_INFO_BTF_MODULES",
+        match built_in.is_empty() {
+            true => {
+                "the module checks its layouts against BTF: load kvm_intel, or use a kernel with CONFIG_DEBUG_INFO_BTF \
+                 and CONFIG_DEBUG_INFO_BTF_MODULES"
+            }
+            false => {
+                "the module checks its layouts against BTF: use a kernel with KVM as modules, CONFIG_DEBUG_INFO_BTF \
+                 and CONFIG_DEBUG_INFO_BTF_MODULES"
+            }
+        },
     ));
 
     // A symbol that only a kernel with the option has, for where no configuration lies.
@@ -255,20 +339,29 @@ fn check(host: &Host) -> Vec<Check> {
         .iter()
         .any(|l| lockdown.contains(l));
     let signed = host.parameter("module", "sig_enforce") == Some(true);
-    out.push(Check::new(
-        "unsigned modules",
-        flag(!locked && !signed, Bad),
-        match (locked, signed) {
-            (true, _) => "locked down",
-            (_, true) => "signatures enforced",
-            _ => "allowed",
-        },
-        "sign matryoshka.ko with a key this kernel trusts, or switch Secure Boot off on a lab host",
-    ));
-
     let version = host.read("/sys/kernel/matryoshka/version");
     let modprobe = module::places(&host.release).find(|p| host.exists(p));
     let insmod = format!("{DIR}/matryoshka.ko");
+    let rule = match (locked, signed) {
+        (true, _) => "not allowed: locked down",
+        (_, true) => "not allowed: signatures enforced",
+        _ => "allowed",
+    };
+    let sign =
+        "sign matryoshka.ko with a key this kernel trusts, or switch Secure Boot off on a lab host";
+    out.push(match (locked || signed, &version, &modprobe) {
+        // The one that is loaded was let in.
+        (false, ..) | (_, Some(_), _) => Check::new("unsigned modules", Ok, rule, ""),
+        // The one that is installed may be; only loading it tells.
+        (_, None, Some(_)) => Check::new(
+            "unsigned modules",
+            Warn,
+            rule,
+            &format!("modprobe matryoshka; if it is refused: {sign}"),
+        ),
+        (_, None, None) => Check::new("unsigned modules", Bad, rule, sign),
+    });
+
     out.push(match (version, modprobe) {
         (Some(v), _) => Check::new("module", Ok, format!("loaded, version {v}"), ""),
         (None, Some(f)) => Check::new(
@@ -460,12 +553,6 @@ mod tests {
         let t = with("nested", "/sys/module/kvm_intel/parameters/nested", "N\n");
         assert_eq!(t.verdict("nested VMX"), Verdict::Bad);
         let t = with(
-            "lock",
-            "/sys/kernel/security/lockdown",
-            "none [integrity] confidentiality\n",
-        );
-        assert_eq!(t.verdict("unsigned modules"), Verdict::Bad);
-        let t = with(
             "rust",
             "/boot/config-7.3",
             "# CONFIG_RUST is not set\nCONFIG_RUST_X=y\n",
@@ -485,6 +572,63 @@ mod tests {
         assert_eq!(t.verdict("ftrace direct calls"), Verdict::Ok);
         assert_eq!(t.verdict("Rust in the kernel"), Verdict::Bad);
         assert_eq!(t.verdict("kprobes"), Verdict::Bad);
+    }
+
+    #[test]
+    fn a_module_that_is_loaded_was_let_in() {
+        let (version, lockdown) = (
+            "/sys/kernel/matryoshka/version",
+            "/sys/kernel/security/lockdown",
+        );
+        let mut files = GOOD.to_vec();
+        files.retain(|f| f.0 != lockdown);
+        files.push((lockdown, "none [integrity] confidentiality\n"));
+        let t = Tree::new("locked-loaded", &files);
+        assert_eq!(t.verdict("unsigned modules"), Verdict::Ok);
+        files.retain(|f| f.0 != version);
+        let t = Tree::new("locked", &files);
+        assert_eq!(t.verdict("unsigned modules"), Verdict::Bad);
+        files.push(("/lib/modules/7.3/updates/dkms/matryoshka.ko", ""));
+        let t = Tree::new("locked-installed", &files);
+        assert_eq!(t.verdict("unsigned modules"), Verdict::Warn);
+    }
+
+    #[test]
+    fn enlightened_vmcs_is_in_the_way() {
+        let mut files = GOOD.to_vec();
+        let file = "/sys/module/kvm_intel/parameters/enlightened_vmcs";
+        files.push((file, "N\n"));
+        let t = Tree::new("evmcs-n", &files);
+        assert_eq!(t.verdict("enlightened VMCS"), Verdict::Ok);
+        files.pop();
+        files.push((file, "Y\n"));
+        let t = Tree::new("evmcs-y", &files);
+        assert_eq!(t.verdict("enlightened VMCS"), Verdict::Bad);
+    }
+
+    #[test]
+    fn nobody_modprobes_what_is_built_in() {
+        let builtin = "kernel/arch/x86/kvm/kvm.ko\nkernel/arch/x86/kvm/kvm-intel.ko\n";
+        for (tag, file, text) in [
+            ("builtin-list", "/lib/modules/7.3/modules.builtin", builtin),
+            (
+                "builtin-config",
+                "/boot/config-7.3",
+                "CONFIG_KVM=y\nCONFIG_KVM_INTEL=y\n",
+            ),
+        ] {
+            let t = Tree::new(
+                tag,
+                &[(file, text), ("/proc/cpuinfo", "vmx flags : vpid\n")],
+            );
+            assert_eq!(t.verdict("KVM as modules"), Verdict::Bad);
+            for c in check(&t.0).iter().filter(|c| c.name != "module") {
+                assert!(
+                    !c.todo.contains("modprobe") && !c.todo.contains("load kvm"),
+                    "{c:?}"
+                );
+            }
+        }
     }
 
     #[test]
