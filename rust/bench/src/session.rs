@@ -416,7 +416,10 @@ pub fn profile(args: &BenchArgs) -> Result<Code, Failure> {
         failed: false,
     };
     let args_text = format!("profile={}", stack.specs[0].op.name());
-    let spec = args.spec(stack.level, Inner::Payload { args: args_text });
+    let spec = Spec {
+        config: Some(*config as u8),
+        ..args.spec(stack.level, Inner::Payload { args: args_text })
+    };
     let outcome = stack::run(&spec, &args.files(), args.local(), &mut host)?;
     ended_well(stack.level, &outcome.exit)?;
     Ok(if host.failed { Code::Failed } else { Code::Ok })
