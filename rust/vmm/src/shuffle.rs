@@ -57,8 +57,11 @@ pub(crate) struct Numbers(u64);
 
 impl Numbers {
     pub(crate) fn new(seed: u64) -> Numbers {
-        // Zero would stay zero.
-        Numbers(seed ^ 0x9e37_79b9_7f4a_7c15 | 1)
+        // Zero would stay zero; every other seed has numbers of its own.
+        Numbers(match seed ^ 0x9e37_79b9_7f4a_7c15 {
+            0 => 1,
+            numbers => numbers,
+        })
     }
 
     /// A number from 1 to twice `mean`.
@@ -212,5 +215,17 @@ mod tests {
             })
             .sum();
         assert!((1000 * EXITS * 9 / 10..1000 * EXITS * 11 / 10).contains(&sum));
+    }
+
+    #[test]
+    fn seeds_that_follow_on_one_another_differ() {
+        let first = |seed| {
+            (0..8)
+                .map(move |_| seed)
+                .scan(Numbers::new(seed), |n, _| Some(n.around(EXITS)))
+        };
+        for seed in 0..100 {
+            assert!(!first(seed).eq(first(seed + 1)), "{seed}");
+        }
     }
 }
