@@ -58,8 +58,9 @@ if thorough; then
 	check "in a guest of a Linux they run undisturbed" undisturbed 2 $inner
 	check "and with that Linux saved and restored, from its boot on" disturbed 2 $inner "$seed" stock,check
 	sed -n '/^saved/s/^/# /p' "$TMP/said"
-	check "while it had a VMCS that memory did not have" at_least times 20 "$(saved with)"
-	check "and while L2 or L3 ran" at_least times 20 "$(saved in)"
+	# Some 54 times in all; how many of them find it so is the seed's.
+	check "while it had a VMCS that memory did not have" at_least times 5 "$(saved with)"
+	check "and while L2 or L3 ran" at_least times 5 "$(saved in)"
 	check "stock: the same as undisturbed" same_log "$TMP/still-2/stock.log" "$TMP/2/stock.log"
 	check "mode check: the same" same_log "$TMP/still-2/stock.log" "$TMP/2/check.log"
 fi
