@@ -302,7 +302,7 @@ def arguments():
 def make_room(directory):
     """Makes the output directory, without what a profile before left in it; one with anything else in it is somebody's."""
     if os.path.isdir(directory) and os.listdir(directory):
-        if not any(os.path.exists(os.path.join(directory, name)) for name in ("profile", "depth", "console.log")):
+        if not any(os.path.exists(os.path.join(directory, name)) for name in ("profile", "depth")):
             sys.exit(f"profile: {directory} is not empty and holds no profile: choose another --out, or empty it")
         shutil.rmtree(directory)
     os.makedirs(directory, exist_ok=True)
@@ -318,6 +318,9 @@ def record(args):
     """Runs it on the instrumented emulator; returns its status."""
     command = args.command or f"matryoshka bench --profile {shlex.quote(args.op)} --depth {args.depth} --config {shlex.quote(args.config)}"
     make_room(args.out)
+    # First, so that what a run that failed has left is known for a profile's.
+    with open(os.path.join(args.out, "depth"), "w", encoding="ascii") as f:
+        f.write(str(args.depth))
     if not has_profiler(args):
         lab = [os.path.join(emu.PROJECT, "scripts", "lab"), "setup", "--profiler"]
         status = subprocess.run(lab + (["--kernel", args.kernel] if args.kernel else []), check=False).returncode
@@ -350,8 +353,6 @@ def main():
         status = record(args)
         if status:
             return status
-        with open(os.path.join(args.out, "depth"), "w", encoding="ascii") as f:
-            f.write(str(args.depth))
     path = os.path.join(args.out, "profile")
     if not os.path.exists(path):
         print("profile: no region was recorded: nothing executed XGETBV with ECX=0x4d545201 and 0x4d545202", file=sys.stderr)
