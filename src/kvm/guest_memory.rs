@@ -3,12 +3,7 @@
 
 use super::{srcu::ReadLock, vcpu::read, Vcpu};
 use crate::{bindings, hook::CallId};
-use core::{
-    arch::asm,
-    marker::PhantomData,
-    mem::{offset_of, MaybeUninit},
-};
-use kernel::uaccess::{UserPtr, UserSlice};
+use core::{arch::asm, marker::PhantomData, mem::offset_of};
 
 /// Bytes of a page.
 pub(crate) const PAGE: usize = 4096;
@@ -149,12 +144,8 @@ impl GuestMemory {
         let Some(address) = self.host_address(gpa) else {
             return false;
         };
-        // SAFETY: By this function's contract; plain bytes.
-        let to = unsafe { core::slice::from_raw_parts_mut(to.cast::<MaybeUninit<u8>>(), PAGE) };
-        UserSlice::new(UserPtr::from_addr(address as usize), PAGE)
-            .reader()
-            .read_raw(to)
-            .is_ok()
+        // SAFETY: By this function's contract.
+        unsafe { copy_from_host(address, to, PAGE) }
     }
 }
 
@@ -191,6 +182,32 @@ pub(crate) fn read_host_u64(address: u64) -> Option<u64> {
     (failed == 0).then_some(value)
 }
 
+/// Copies bytes from the current task's memory, from the VMM's in KVM_RUN. `false`, with what could not be read zeroed, if there is not all of
+/// it. May sleep.
+///
+/// The kernel crate's way (`UserSlice`) has CONFIG_HARDENED_USERCOPY look up the object that `to` is in on each call, 206 instructions. In C the
+/// compiler leaves that out where the number of bytes is a constant, and so does this: here each caller has a page.
+///
+/// # Safety
+///
+/// `to` is valid for writes of as many bytes.
+#[inline(always)]
+pub(crate) unsafe fn copy_from_host(address: u64, to: *mut u8, len: usize) -> bool {
+    // SAFETY: By this function's contract; what is not user space's is refused.
+    unsafe { bindings::_copy_from_user(to.cast(), address as *const _, len) == 0 }
+}
+
+/// The other way round. `false` if some could not be written.
+///
+/// # Safety
+///
+/// `from` is valid for reads of as many bytes.
+#[inline(always)]
+pub(crate) unsafe fn copy_to_host(address: u64, from: *const u8, len: usize) -> bool {
+    // SAFETY: By this function's contract; what is not user space's is refused.
+    unsafe { bindings::_copy_to_user(address as *mut _, from.cast(), len) == 0 }
+}
+
 /// KVM's SRCU lock, held.
 pub(crate) struct SrcuGuard(ReadLock);
 
@@ -210,8 +227,26 @@ impl SrcuGuard {
     /// `from` is valid for reads of a page, and the current task has the VMM's address space and a vCPU
     /// of the VM loaded.
     pub(crate) unsafe fn write_page(&self, gpa: u64, from: *const u8) -> bool {
+        if let Some(address) = self.unlogged_page(gpa) {
+            // SAFETY: By this function's contract.
+            return unsafe { copy_to_host(address, from, PAGE) };
+        }
         // SAFETY: By this function's contract.
         unsafe { self.write(gpa, from, 0, PAGE) }
+    }
+
+    /// Where the VMM has this page, if it is in a slot without any flag: writes to it are not logged, so that marking it dirty does nothing.
+    #[inline(always)]
+    fn unlogged_page(&self, gpa: u64) -> Option<u64> {
+        let gfn = gpa >> 12;
+        let args = [self.0.kvm() as usize, gfn as usize];
+        // SAFETY: As KVM itself calls it, under its SRCU lock.
+        let slot = unsafe { CallId::VM_GFN_TO_MEMSLOT.call(args) }?;
+        // SAFETY: A slot that KVM named is alive under the lock.
+        let slot = unsafe { (slot as *const bindings::kvm_memory_slot).as_ref() }?;
+        let offset = gfn.wrapping_sub(slot.base_gfn);
+        (slot.flags == 0 && offset < slot.npages as u64)
+            .then(|| (slot.userspace_addr as u64).wrapping_add(offset << 12))
     }
 
     /// The VMCS in this page is clear from now on, as `handle_vmclear()` makes it.

@@ -5,13 +5,12 @@
 //! nested_flush_cached_shadow_vmcs12() writes it back with kvm_write_guest_cached() when L2 exits to L1.
 
 use super::{
-    guest_memory::{GuestMemory, PAGE},
+    guest_memory::{copy_from_host, copy_to_host, GuestMemory, PAGE},
     vcpu::read,
     Vcpu,
 };
 use crate::bindings;
 use core::{mem::offset_of, ops::Range};
-use kernel::uaccess::{UserPtr, UserSlice};
 
 /// How much is copied: all that KVM keeps.
 pub(crate) const LEN: usize = bindings::MTK_VMCS12_SIZE as usize;
@@ -78,11 +77,9 @@ impl Vcpu {
         let Some(changed) = copy.get(bytes.clone()) else {
             return false;
         };
-        let to = UserPtr::from_addr(host.wrapping_add(bytes.start));
-        UserSlice::new(to, changed.len())
-            .writer()
-            .write_slice(changed)
-            .is_ok()
+        let to = host.wrapping_add(bytes.start) as u64;
+        // SAFETY: A part of the copy.
+        unsafe { copy_to_host(to, changed.as_ptr(), changed.len()) }
     }
 
     /// Reads these bytes of the copy from the page. `false` if the stock code has to read all of it; some may have been read
@@ -97,14 +94,12 @@ impl Vcpu {
         };
         // SAFETY: KVM's copy is as long as that, and this thread alone reads and writes it.
         let copy = unsafe { core::slice::from_raw_parts_mut(copy, LEN) };
-        let from = UserPtr::from_addr(host.wrapping_add(bytes.start));
+        let from = host.wrapping_add(bytes.start) as u64;
         let Some(stale) = copy.get_mut(bytes) else {
             return false;
         };
-        UserSlice::new(from, stale.len())
-            .reader()
-            .read_slice(stale)
-            .is_ok()
+        // SAFETY: A part of the copy.
+        unsafe { copy_from_host(from, stale.as_mut_ptr(), stale.len()) }
     }
 
     /// Whether the page holds what the copy does but for these bytes; `None` if it cannot be read. May sleep.
