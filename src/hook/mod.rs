@@ -513,11 +513,14 @@ pub(crate) fn detach(hooks: &mut [Option<Attached>; COUNT], send_out: impl Fn())
     }
 }
 
-/// Waits until every CPU has scheduled: no handler that runs with preemption off, and began before,
-/// runs any more.
+/// Waits until no handler that runs with preemption off, and began before, runs any more. One that runs a guest in between may: it has to look at what
+/// has changed again afterwards.
+///
+/// To RCU a CPU on which preemption is off is in a reader, but while it runs a guest. (synchronize_rcu_tasks_rude() is an empty function where no task can be
+/// traced where RCU does not watch, CONFIG_ARCH_WANTS_NO_INSTR.)
 pub(crate) fn wait_for_atomic_handlers() {
     // SAFETY: Process context; may sleep.
-    unsafe { bindings::synchronize_rcu_tasks_rude() };
+    unsafe { bindings::synchronize_rcu() };
 }
 
 /// Waits until no task is in any trampoline or handler, all hooks being off: the last thing before what handlers look at, or
