@@ -96,7 +96,7 @@ impl EferState {
 
     /// Makes everything what vmx_set_efer() with the same argument would make it.
     ///
-    /// Where no MSR joins or leaves those that are loaded, they are not loaded anew, as the stock function would have
+    /// Where no MSR joins those that are loaded, they are not loaded anew, as the stock function would have
     /// it: what is loaded is right, because KVM writes a new value to hardware at once.
     ///
     /// # Safety
@@ -117,7 +117,10 @@ impl EferState {
                     let load = self.loaded >> slot & 1 != 0;
                     (*vmx).guest_uret_msrs[slot].load_into_hardware = load;
                 }
-                (*vmx).guest_uret_msrs_loaded = false;
+                // Those that leave stay where they are, as on stock, and the others are there already.
+                if self.loaded & !loaded != 0 {
+                    (*vmx).guest_uret_msrs_loaded = false;
+                }
             }
             let shadow = &raw mut (*(*vmx).loaded_vmcs).controls_shadow;
             let entry = (*shadow).vm_entry & !ENTRY_CONTROLS | self.entry;
