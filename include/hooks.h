@@ -91,4 +91,8 @@
 	CALL(free_vpid, kvm_intel, free_vpid, 1)			\
 	CALL(sync_roots, kvm, kvm_mmu_sync_roots, 1)			\
 	CALL(sync_shadow, kvm_intel, nested_sync_vmcs12_to_shadow, 1)	\
-	CALL(inject_ept_fault, kvm_intel, nested_ept_inject_page_fault, 3)
+	CALL(inject_ept_fault, kvm_intel, nested_ept_inject_page_fault, 3) \
+	CALL(nested_vmexit, kvm_intel, __nested_vmx_vmexit, 5)		\
+	CALL(load_pgd, kvm_intel, vmx_load_mmu_pgd, 3)			\
+	CALL(flush_local, kvm, kvm_service_local_tlb_flush_requests, 1)	\
+	CALL(enter_guest, kvm_intel, vmx_prepare_switch_to_guest, 1)

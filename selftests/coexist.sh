@@ -4,9 +4,10 @@
 # tracepoints in what it answers: they hear of everything.
 . "$(dirname "$0")/lib.sh"
 
-FUNCTIONS='nested_vmx_check_controls nested_vmx_check_host_state nested_vmx_check_guest_state __vmx_guest_state_valid vmx_handle_exit'
+# Hooked ones, each of which a switch calls, whichever way it goes.
+FUNCTIONS='sync_vmcs02_to_vmcs12 load_vmcs12_host_state nested_sync_vmcs12_to_shadow vmx_vcpu_run vmx_handle_exit'
 INSTANCE=$TRACING/instances/matryoshka_test
-PROBE=nested_vmx_check_host_state
+PROBE=load_vmcs12_host_state
 
 at_end() {
 	echo 0 2>/dev/null >$INSTANCE/events/matryoshka_test/enable
@@ -37,12 +38,12 @@ probe_off() {
 
 hits() { awk '$1 == "host_state" { n = $2 } END { print n + 0 }' $TRACING/kprobe_profile; }
 
-# works CALLS: a guest runs, the path answers, and the tracer (if it is there) sees at least CALLS calls.
+# works CALLS: a guest runs, the module answers, and the tracer (if it is there) sees at least CALLS calls.
 works() {
 	_taken=$(counter taken)
 	clear_trace
 	guest 1 ops=hypercall:100 || return 1
-	at_least taken $((_taken + 100)) "$(counter taken)" && at_least 'traced calls' "$1" "$(seen nested_vmx_check_controls)"
+	at_least taken $((_taken + 100)) "$(counter taken)" && at_least 'traced calls' "$1" "$(seen $PROBE)"
 }
 
 # listen ON EVENT: to a tracepoint of KVM, or not any more.

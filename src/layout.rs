@@ -36,7 +36,7 @@ const EXPECTED: &[Expected] = &expect! {
     vcpu_vmx {
         vcpu, vt, rflags, vmcs01, loaded_vmcs, rmode, segment_cache, nested, guest_uret_msrs,
         guest_uret_msrs_loaded,
-        msr_autoload, msr_autostore, vpid, fail,
+        msr_autoload, msr_autostore, vpid, fail, idt_vectoring_info,
     }
     vmx_uret_msr { load_into_hardware }
     vmx_msrs { nr }
@@ -54,7 +54,7 @@ const EXPECTED: &[Expected] = &expect! {
         #[cfg(MTK_GVA_WALK)] tsc_autostore_slot,
     }
     nested_vmx_msrs { misc_low, secondary_ctls_high, vpid_caps }
-    loaded_vmcs { vmcs, shadow_vmcs, cpu, launched, controls_shadow, msr_bitmap, nmi_known_unmasked, host_state }
+    loaded_vmcs { vmcs, shadow_vmcs, cpu, launched, controls_shadow, msr_bitmap, nmi_known_unmasked, soft_vnmi_blocked, host_state }
     vmcs_host_state { cr4 }
     vmcs_controls_shadow { vm_entry, vm_exit, pin, exec, secondary_exec }
     vmcs12 {
@@ -62,18 +62,23 @@ const EXPECTED: &[Expected] = &expect! {
         pin_based_vm_exec_control, secondary_vm_exec_control, guest_activity_state, virtual_processor_id, host_tr_selector,
         guest_pml_index,
     }
-    kvm_vcpu { kvm, arch, run, guest_debug, wants_to_run, requests, stat }
-    kvm_vcpu_stat { guest_mode }
+    kvm_vcpu { kvm, arch, run, mode, guest_debug, wants_to_run, requests, stat }
+    kvm_vcpu_stat { exits, guest_mode }
     kvm_vcpu_arch {
         regs, regs_avail, cr0, cr4, efer, hflags, mmu, guest_mmu, nested_run_pending,
         reserved_gpa_bits, mmu_pte_list_desc_cache, root_mmu, regs_dirty, rip, cr0_guest_owned_bits, cr3,
         cr4_guest_owned_bits, host_debugctl, cpu_caps, cpuid_dynamic_bits_dirty, pat, pmu,
         switch_db_regs, dr7, apic, apic_base, #[cfg(MTK_GVA_WALK)] gva_walk,
         #[cfg(MTK_GVA_WALK)] ngpa_walk, tsc_offset, tsc_scaling_ratio, l1_tsc_offset, l1_tsc_scaling_ratio,
-        virtual_tsc_khz, xfd_no_write_intercept, cr4_guest_rsvd_bits, host_pkru,
+        virtual_tsc_khz, xfd_no_write_intercept, cr4_guest_rsvd_bits, host_pkru, xcr0, ia32_xss, mmio_gva, apic_attention,
+        tsc_always_catchup, #[cfg(CONFIG_KVM_XEN)] xen,
+        msr_misc_features_enables,
         #[cfg(not(MTK_GVA_WALK))] nested_mmu, #[cfg(not(MTK_GVA_WALK))] walk_mmu,
     }
-    kvm_pmu { pmc_counting_instructions }
+    #[cfg(CONFIG_KVM_XEN)]
+    kvm_vcpu_xen { vcpu_info_cache }
+    gfn_to_pfn_cache { active }
+    kvm_pmu { pmc_counting_instructions, pmc_counting_branches }
     kvm_lapic { pending_events, apicv_active, guest_apic_protected, highest_isr_cache, regs }
     pi_desc { pir, rsvd }
     kvm_mmu {
@@ -100,7 +105,8 @@ const EXPECTED: &[Expected] = &expect! {
     #[cfg(MTK_GVA_WALK)]
     x86_exception { vector, error_code_valid, error_code, nested_page_fault, async_page_fault, exit_qualification }
     page { flags }
-    task_struct { pagefault_disabled }
+    task_struct { thread_info, pagefault_disabled }
+    thread_info { flags }
     msr_data { index }
 };
 

@@ -24,6 +24,8 @@ impl Tracepoint {
     pub(crate) const PAGING_ELEMENT: Self = Self(2);
     /// kvm_mmu_walker_error: it has ended in a fault.
     pub(crate) const WALKER_ERROR: Self = Self(3);
+    /// kvm_nested_vmexit: L2 has exited, to whomever.
+    pub(crate) const NESTED_VMEXIT: Self = Self(4);
 
     /// Whether nobody listens to it. `false` if it was not found.
     ///
@@ -40,11 +42,12 @@ impl Tracepoint {
     }
 }
 
-const NAMES: [&[u8]; 4] = [
+const NAMES: [&[u8]; 5] = [
     b"kvm_nested_vmenter",
     b"kvm_mmu_pagetable_walk",
     b"kvm_mmu_paging_element",
     b"kvm_mmu_walker_error",
+    b"kvm_nested_vmexit",
 ];
 
 /// Where they are, while kvm is loaded.

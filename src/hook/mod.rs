@@ -29,6 +29,12 @@ pub(crate) fn kernel_btf() -> Option<&'static [u8]> {
     Some(unsafe { core::slice::from_raw_parts(start as *const u8, size) })
 }
 
+/// The address of a variable of a module's, by `module:name`, where the kernel lists such (CONFIG_KALLSYMS_ALL).
+#[cfg(MTK_GVA_WALK)]
+pub(crate) fn variable(name: &CStr) -> Option<usize> {
+    resolve::data(name)
+}
+
 /// How many lines `include/hooks.h` has.
 pub(crate) const COUNT: usize = bindings::mtk_hook_id_MTK_HOOK_COUNT as usize;
 
@@ -119,6 +125,14 @@ call_ids! {
     SYNC_SHADOW = mtk_call_id_MTK_CALL_sync_shadow;
     #[cfg_attr(not(MTK_GVA_WALK), expect(dead_code))]
     INJECT_EPT_FAULT = mtk_call_id_MTK_CALL_inject_ept_fault;
+    #[cfg_attr(not(MTK_GVA_WALK), expect(dead_code))]
+    NESTED_VMEXIT = mtk_call_id_MTK_CALL_nested_vmexit;
+    #[cfg_attr(not(MTK_GVA_WALK), expect(dead_code))]
+    LOAD_PGD = mtk_call_id_MTK_CALL_load_pgd;
+    #[cfg_attr(not(MTK_GVA_WALK), expect(dead_code))]
+    FLUSH_LOCAL = mtk_call_id_MTK_CALL_flush_local;
+    #[cfg_attr(not(MTK_GVA_WALK), expect(dead_code))]
+    ENTER_GUEST = mtk_call_id_MTK_CALL_enter_guest;
 }
 
 static CALL_ADDRESSES: [AtomicUsize; CALLS] = [const { AtomicUsize::new(0) }; CALLS];

@@ -13,13 +13,13 @@ impl Vmcs12 {
 
     /// Primary processor-based controls.
     #[inline(always)]
-    pub(super) fn primary_controls(self) -> u32 {
+    pub(crate) fn primary_controls(self) -> u32 {
         field!(self, cpu_based_vm_exec_control) as u32
     }
 
     /// The secondary controls in force.
     #[inline(always)]
-    pub(super) fn secondary_controls(self) -> u32 {
+    pub(crate) fn secondary_controls(self) -> u32 {
         if self.primary_controls() & SECONDARY_CONTROLS != 0 {
             field!(self, secondary_vm_exec_control) as u32
         } else {

@@ -77,6 +77,11 @@ impl Drop for NoFaults {
     }
 }
 
+/// POSTED_INTR_ON: an interrupt was posted.
+const POSTED: u64 = 1 << 0;
+/// What a task has to do before it runs a guest.
+const WORK: usize = bindings::MTK_GUEST_MODE_WORK as usize;
+
 /// VMX_VPID_INVVPID_BIT of `vpid_caps`; the types (SDM volume 3, 32.3) are bits from 8 on.
 const INVVPID: u32 = 1 << 0;
 const TYPES: u32 = 8;
@@ -87,7 +92,7 @@ const ALL_CONTEXTS: u64 = 2;
 const SINGLE_CONTEXT_BUT_GLOBAL: u64 = 3;
 
 impl Vcpu {
-    /// Whether nothing beside the exit reason wants to be looked at: no VMfail, the VMM does not debug the guest, the guest
+    /// Whether nothing beside the exit reason wants to be looked at: no VMfail, the VMM neither debugs the guest nor waits to interrupt it, the guest
     /// does not count instructions (its counters may be in the processor, as for `kvm_pmu_is_fastpath_emulation_allowed()`),
     /// and the processor lets the kernel access what the VMM may access.
     #[inline(always)]
@@ -96,6 +101,50 @@ impl Vcpu {
             && read!(self, vcpu.guest_debug) == 0
             && !self.counts_instructions()
             && self.has_host_pkru()
+            && !self.wants_window()
+    }
+
+    /// Whether the VMM has an interrupt of its own for the guest and waits for a moment at which it can be delivered
+    /// (`dm_request_for_irq_injection()`), or keeps the guest's local APIC: KVM looks for such a moment on each exit.
+    #[inline(always)]
+    fn wants_window(self) -> bool {
+        let run = read!(self, vcpu.run);
+        // SAFETY: The page that KVM shares with its VMM, which lives as long as the vCPU. User space writes it, so it is read in one go.
+        let asked = unsafe { (&raw const (*run).request_interrupt_window).read_volatile() };
+        asked != 0 || read!(self, vcpu.arch.apic).is_null()
+    }
+
+    /// Whether the guest can be run again at once, as KVM itself finds out between two runs (kvm_vcpu_exit_request(); it also looks for posted
+    /// interrupts). If not, KVM is to look.
+    ///
+    /// Whoever makes something to be looked at from now on interrupts this CPU, which ends the run.
+    #[inline(always)]
+    pub(crate) fn may_run_on(self) -> bool {
+        let task = current!().as_ptr().cast::<bindings::task_struct>();
+        // SAFETY: By the invariants of `Vcpu`, and the current task's own flags. Other threads write all of them, so each is read in one go.
+        let (mode, requests, posted, flags) = unsafe {
+            let vmx = self.raw();
+            (
+                (&raw const (*vmx).vcpu.mode).read_volatile(),
+                (&raw const (*vmx).vcpu.requests).read_volatile(),
+                (&raw const (*vmx).vt.pi_desc.__bindgen_anon_1.control).read_volatile(),
+                (&raw const (*task).thread_info.flags).read_volatile(),
+            )
+        };
+        mode == bindings::MTK_IN_GUEST_MODE as i32
+            && requests == 0
+            && posted & POSTED == 0
+            && flags & WORK == 0
+    }
+
+    /// Counts an exit that KVM does not see, in its own statistics.
+    #[inline(always)]
+    pub(crate) fn count_exit(self) {
+        // SAFETY: By the invariants of `Vcpu` this thread alone writes it.
+        unsafe {
+            let exits = &raw mut (*self.raw()).vcpu.stat.exits;
+            exits.write(exits.read().wrapping_add(1));
+        }
     }
 
     /// Whether the protection keys in force are the VMM's. KVM loads the guest's for the inner loop, and does not know what the guest has
@@ -103,7 +152,9 @@ impl Vcpu {
     #[inline(always)]
     fn has_host_pkru(self) -> bool {
         // As vmx_vcpu_run() has just written it to the VMCS.
-        let cr4 = read!(self, vmcs01.host_state.cr4) as u64;
+        let loaded = read!(self, loaded_vmcs);
+        // SAFETY: KVM's own pointer to one of the vCPU's two `loaded_vmcs`.
+        let cr4 = unsafe { (*loaded).host_state.cr4 } as u64;
         // SAFETY: CR4.PKE is on where this is executed.
         cr4 & CR4_PKE == 0 || unsafe { vmx::rdpkru() } == read!(self, vcpu.arch.host_pkru)
     }

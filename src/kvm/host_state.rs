@@ -69,9 +69,13 @@ impl Vcpu {
     /// Whether the vCPU itself is in a state in which `load_host_state` does what load_vmcs12_host_state() would.
     #[inline(always)]
     pub(crate) fn can_load_host_state(self, m: Vmcs12, known: &ControlRegisters) -> bool {
-        self.vmcs01_is_loaded()
-            && !self.guest_mode()
-            && !self.evmcs_is_mapped()
+        self.vmcs01_is_loaded() && !self.guest_mode() && self.will_load_host_state(m, known)
+    }
+
+    /// The same while L2 has not been left yet.
+    #[inline(always)]
+    pub(crate) fn will_load_host_state(self, m: Vmcs12, known: &ControlRegisters) -> bool {
+        !self.evmcs_is_mapped()
             // CPL and CR4 of L1 do not come into it; L2's paging does (enter_lmode() and exit_lmode()).
             && read!(self, vcpu.arch.cr0) as u64 & CR0_PG != 0
             && read!(self, rmode.vm86_active) == 0

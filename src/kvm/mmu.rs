@@ -7,7 +7,10 @@
 //! kvm_init_shadow_ept_mmu() computes for L1's EPT.
 
 use super::{vcpu::read, Vcpu};
-use crate::{bindings, policy::role};
+use crate::{
+    bindings,
+    policy::{registers::HF_GUEST, role},
+};
 use core::mem::{offset_of, size_of};
 
 const _: () = {
@@ -38,6 +41,9 @@ mod layout {
             size_of::<kvm_page_format>() / 8,
         ),
     ];
+    /// Where the role of the root is among the words of `PLAIN`.
+    pub(super) const ROOT_ROLE: usize = NESTED[0].1 + PLAIN[1].1;
+    const _: () = assert!(PLAIN[2].0 == ROOT + offset_of!(kvm_mmu, root_role));
     const NESTED_WALK: usize = offset_of!(kvm_vcpu_arch, ngpa_walk);
     const GUEST: usize = offset_of!(kvm_vcpu_arch, guest_mmu);
     /// Of the functions that kvm_init_shadow_ept_mmu() sets as well each has one value only.
@@ -192,6 +198,13 @@ impl MmuState {
     pub(crate) fn is_current(&self, vcpu: Vcpu, nested: bool) -> bool {
         is_current(&self.0, vcpu, Self::spans(nested))
     }
+
+    /// The role of L0's own table in what was copied, of a guest without nested paging (`root_mmu.root_role`).
+    #[cfg(MTK_GVA_WALK)]
+    #[inline(always)]
+    pub(crate) fn root_role(&self) -> u32 {
+        self.0[layout::ROOT_ROLE] as u32
+    }
 }
 
 /// A copy of what kvm_init_shadow_ept_mmu() computed, but for the root.
@@ -250,10 +263,10 @@ impl Vcpu {
         )
     }
 
-    /// The paging mode that L1 has with these registers, if it is one that can be remembered.
+    /// The paging mode that L1 has with these registers, if it is one that can be remembered. L2 may not have been left yet.
     #[inline(always)]
     pub(crate) fn mmu_key_of(self, cr0: u64, cr4: u64, efer: u64) -> Option<role::Key> {
-        let hflags = u64::from(read!(self, vcpu.arch.hflags));
+        let hflags = u64::from(read!(self, vcpu.arch.hflags)) & !HF_GUEST;
         role::Key::new(cr0, cr4, efer, hflags, false)
     }
 

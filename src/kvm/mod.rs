@@ -17,11 +17,15 @@ pub(crate) mod guest_memory;
 pub(crate) mod host_pages;
 pub(crate) mod host_state;
 mod host_tables;
+#[cfg(MTK_GVA_WALK)]
+pub(crate) mod inner_loop;
 pub(crate) mod lapic;
 pub(crate) mod mmu;
 mod mmu_lock;
 pub(crate) mod nested;
 pub(crate) mod region;
+#[cfg(MTK_GVA_WALK)]
+pub(crate) mod roots;
 pub(crate) mod shadow_copy;
 pub(crate) mod shadow_mmu;
 pub(crate) mod shadow_page;
@@ -44,6 +48,7 @@ use core::sync::atomic::{AtomicBool, Ordering};
 
 static ON_HYPERVISOR: AtomicBool = AtomicBool::new(false);
 static USES_EPT: AtomicBool = AtomicBool::new(false);
+static UNRESTRICTED: AtomicBool = AtomicBool::new(false);
 
 /// Finds out what does not change while kvm_intel is loaded. Reads a file.
 pub(crate) fn prepare() {
@@ -51,11 +56,21 @@ pub(crate) fn prepare() {
     let leaf = unsafe { core::arch::x86_64::__cpuid(1) };
     ON_HYPERVISOR.store(leaf.ecx >> 31 != 0, Ordering::Relaxed);
     USES_EPT.store(layout::module_flag("kvm_intel", "ept"), Ordering::Relaxed);
+    UNRESTRICTED.store(
+        layout::module_flag("kvm_intel", "unrestricted_guest"),
+        Ordering::Relaxed,
+    );
 }
 
 /// Whether kvm_intel was loaded with EPT on.
 pub(crate) fn uses_ept() -> bool {
     USES_EPT.load(Ordering::Relaxed)
+}
+
+/// Whether kvm_intel runs guests as unrestricted ones.
+#[inline(always)]
+pub(crate) fn has_unrestricted_guest() -> bool {
+    UNRESTRICTED.load(Ordering::Relaxed)
 }
 
 /// Whether this kernel runs on a hypervisor (CPUID.1:ECX bit 31).

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What VMPTRLD and VMCLEAR of L1 read and change in a vCPU.
 
+#[cfg(MTK_GVA_WALK)]
+use super::vmcs12::field;
 use super::{
     fields::encoding::{
-        EXIT_QUALIFICATION, GUEST_CR3, GUEST_RSP, GUEST_SS_AR_BYTES, VMX_INSTRUCTION_INFO,
+        EXIT_QUALIFICATION, GUEST_CR3, GUEST_RFLAGS, GUEST_RSP, GUEST_SS_AR_BYTES,
+        VMX_INSTRUCTION_INFO,
     },
     guest_memory::{read_host_u64, GuestMemory},
     vcpu::read,
@@ -232,9 +235,7 @@ impl Vcpu {
         // The operand was one of 64-bit mode, so there is no emulation of real mode.
         let rflags = self.rflags()?;
         if rflags & RFLAGS_STATUS != 0 {
-            let rflags = (rflags & !RFLAGS_STATUS) as usize;
-            // SAFETY: As in KVM's own function, in a handler of an exit.
-            unsafe { CallId::SET_RFLAGS.call([self.key(), rflags]) }?;
+            self.set_rflags(rflags & !RFLAGS_STATUS)?;
         }
         if self.skip_plainly(rflags) {
             return Some(1);
@@ -245,7 +246,35 @@ impl Vcpu {
     }
 }
 
+impl Vcpu {
+    /// vmx_set_rflags() for L1, of a value that differs in no bit but RFLAGS_STATUS; `None` if KVM's function is missing.
+    ///
+    /// In a handler of an exit of L1.
+    #[inline(always)]
+    fn set_rflags(self, rflags: u64) -> Option<()> {
+        if !super::has_unrestricted_guest() {
+            // SAFETY: As in KVM's own function.
+            return unsafe { CallId::SET_RFLAGS.call([self.key(), rflags as usize]) }.map(|_| ());
+        }
+        // SAFETY: By the invariants of `Vcpu` vmcs01 is current, and this thread alone uses KVM's copy.
+        unsafe {
+            (&raw mut (*self.raw()).rflags).write(rflags as usize);
+            vmx::vmwrite_basic(GUEST_RFLAGS, rflags);
+        }
+        self.mark_register_available(bindings::MTK_REG_RFLAGS);
+        Some(())
+    }
+}
+
 impl Vmcs12 {
+    /// Whether VMRESUME, not VMLAUNCH, is the instruction for it (SDM volume 3, 26.11.3).
+    #[cfg(MTK_GVA_WALK)]
+    #[inline(always)]
+    pub(crate) fn is_launched(self) -> bool {
+        const LAUNCHED: u64 = 1;
+        field!(self, launch_state) == LAUNCHED
+    }
+
     /// Whether L1 made this a shadow VMCS (SDM volume 3, 26.10).
     pub(crate) fn is_shadow(self) -> bool {
         // SAFETY: By the invariants of `Vmcs12`.

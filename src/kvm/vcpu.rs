@@ -145,6 +145,13 @@ impl Vcpu {
         u64::from(read!(self, vcpu.arch.hflags)) & HF_GUEST != 0
     }
 
+    /// `vcpu->arch.efer`.
+    #[cfg(MTK_GVA_WALK)]
+    #[inline(always)]
+    pub(crate) fn efer(self) -> u64 {
+        read!(self, vcpu.arch.efer)
+    }
+
     /// CR4.LA57 as the guest has it now; KVM never lets the guest own this bit, so the copy in
     /// `vcpu->arch` is right.
     #[inline(always)]
@@ -416,7 +423,7 @@ impl Vcpu {
         low & (1 << (reg & 31)) != 0
     }
 
-    fn mark_register_available(self, reg: u32) {
+    pub(super) fn mark_register_available(self, reg: u32) {
         // SAFETY: By the invariants of `Vcpu` only this thread writes the field; see above for its
         // type.
         unsafe {

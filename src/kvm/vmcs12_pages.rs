@@ -184,6 +184,31 @@ impl Vcpu {
         pinned.then_some(HostMap(map))
     }
 
+    /// Whether the pages that KVM has pinned for each use are these, and no others.
+    #[cfg(MTK_GVA_WALK)]
+    #[inline(always)]
+    pub(crate) fn pins_nothing_but(self, pages: [Option<&HostMap>; USES.len()]) -> bool {
+        let pins = |use_: Use, page: Option<&HostMap>| {
+            let map = self.map(use_);
+            // SAFETY: By the invariants of `Vcpu`; plain words.
+            unsafe {
+                match page {
+                    Some(page) => {
+                        !(*map).hva.is_null()
+                            && (*map).writable
+                            && core::ptr::eq((*map).pinned_page, page.0.pinned_page)
+                            && (*map).gfn == page.0.gfn
+                    }
+                    None => (*map).hva.is_null(),
+                }
+            }
+        };
+        let [first, second, third] = pages;
+        pins(Use::ApicAccess, first)
+            && pins(Use::VirtualApic, second)
+            && pins(Use::PostedInterrupts, third)
+    }
+
     /// Whether KVM has pinned any.
     #[inline(always)]
     pub(crate) fn has_pinned_pages(self) -> bool {

@@ -314,6 +314,23 @@ pub(super) fn guest_state_holds(vcpu: Vcpu, m: Vmcs12, memory: &mut Memory) -> b
     }
 }
 
+/// Whether the checks of the controls and of the host state would pass.
+#[cfg(MTK_GVA_WALK)]
+#[inline(always)]
+pub(super) fn controls_and_host_state_hold(vcpu: Vcpu, m: Vmcs12, memory: &mut Memory) -> bool {
+    if super::mode(NUMBER) != Mode::On {
+        return false;
+    }
+    match memory.0.get(vcpu.current_vmptr()) {
+        Some(Remembered {
+            controls: Some(controls),
+            host_state: Some(host_state),
+            ..
+        }) => controls.unchanged(vcpu, m) && host_state.unchanged(vcpu, m),
+        _ => false,
+    }
+}
+
 /// Whether `__vmx_guest_state_valid()` would say yes for an L2 in protected mode whose vmcs02 is loaded.
 #[cfg_attr(not(MTK_GVA_WALK), expect(dead_code))]
 #[inline(always)]

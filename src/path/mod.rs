@@ -292,6 +292,7 @@ pub(crate) struct Local {
     pub(crate) prefault: prefault::Memory,
     pub(crate) direct: direct::Memory,
     pub(crate) nested_switch: nested_switch::Memory,
+    pub(crate) run: run::Memory,
 }
 
 impl Local {
@@ -304,6 +305,7 @@ impl Local {
         prefault: prefault::Memory::NEW,
         direct: direct::Memory::NEW,
         nested_switch: nested_switch::Memory::NEW,
+        run: run::Memory::NEW,
     };
 
     /// Forgets everything that was concluded from the vCPU's configuration.
@@ -311,5 +313,6 @@ impl Local {
         self.checks.clear();
         self.fields.reconsider();
         self.nested_switch.clear();
+        self.run.forget();
     }
 }

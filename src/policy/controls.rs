@@ -16,6 +16,8 @@ pub mod primary {
     pub const INTERRUPT_WINDOW: u32 = 1 << 2;
     /// Use TSC offsetting.
     pub const TSC_OFFSETTING: u32 = 1 << 3;
+    /// HLT exiting.
+    pub const HLT_EXITING: u32 = 1 << 7;
     /// CR3-load exiting.
     pub const CR3_LOAD_EXITING: u32 = 1 << 15;
     /// CR8-load exiting and CR8-store exiting.

@@ -19,6 +19,7 @@ pub mod operand;
 pub mod page_copy;
 pub mod pause;
 pub mod reach;
+pub mod reflect;
 pub mod registers;
 pub mod role;
 pub mod segments;

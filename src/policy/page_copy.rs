@@ -76,6 +76,18 @@ impl<K: Copy + PartialEq> PageCopy<K> {
         known.then(|| 0..usize::from(self.stale))
     }
 
+    /// The bytes that `to_read` gave were made anew ahead of the entry.
+    #[inline]
+    pub fn renewed(&mut self) {
+        self.stale = 0;
+    }
+
+    /// The bytes that `to_write` gave were written ahead of the exit.
+    #[inline]
+    pub fn written(&mut self) {
+        (self.first, self.end) = (u16::MAX, 0);
+    }
+
     /// The guest below has been entered with the copy that there was, of which the bytes that `to_read` gave were made anew.
     #[inline]
     pub fn enter(&mut self) {

@@ -26,11 +26,13 @@ impl Pause {
     }
 
     /// An occasion was left alone.
+    #[inline]
     pub fn pass(&mut self) {
         self.left = self.left.saturating_sub(1);
     }
 
     /// An occasion was of use.
+    #[inline]
     pub fn found(&mut self) {
         self.last = 0;
     }

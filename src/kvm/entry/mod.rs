@@ -13,6 +13,7 @@ pub(crate) use rare::prepare;
 use super::{
     efer::{ENTRY_CONTROLS as EFER_ENTRY, EXIT_CONTROLS as EFER_EXIT},
     fields::encoding::*,
+    roots::Root,
     vcpu::{read, BP_ENABLED},
     vmcs12::field,
     vmx, Vcpu, Vmcs12,
@@ -107,6 +108,16 @@ impl Entry {
         self.wanted.secondary & EPT != 0
     }
 
+    /// It was made.
+    #[inline(always)]
+    pub(crate) fn made(&self) -> Made {
+        Made {
+            ept: self.has_ept(),
+            timer: self.wanted.pin & PREEMPTION_TIMER != 0,
+            root: None,
+        }
+    }
+
     /// KVM looks at L2's segments before it enters L2.
     #[inline(always)]
     pub(crate) fn wants_valid_segments(&self) -> bool {
@@ -117,6 +128,35 @@ impl Entry {
     #[inline(always)]
     fn had_window(vcpu: Vcpu) -> bool {
         read!(vcpu, vmcs01.controls_shadow.exec) & (INTERRUPT_WINDOW | NMI_WINDOW) != 0
+    }
+}
+
+/// What is left to know of an entry that was made, for `Vcpu::finish_entry`.
+#[derive(Clone, Copy)]
+pub(crate) struct Made {
+    ept: bool,
+    timer: bool,
+    /// The root that is to be used, if KVM is not to look for one.
+    root: Option<Root>,
+}
+
+impl Made {
+    /// With this root, which is the right one.
+    #[inline(always)]
+    pub(crate) fn with_root(self, root: Option<Root>) -> Self {
+        Self { root, ..self }
+    }
+
+    /// The address of the root of EPT02 that was looked for, if one was.
+    #[inline(always)]
+    pub(crate) fn ept02(self) -> Option<u64> {
+        self.root.filter(|_| self.ept).map(Root::address)
+    }
+
+    /// L1's EPT translates L2's addresses.
+    #[inline(always)]
+    pub(crate) fn has_ept(self) -> bool {
+        self.ept
     }
 }
 
@@ -379,20 +419,25 @@ impl Vcpu {
     ///
     /// In the handler of nested_vmx_enter_non_root_mode(), after everything else.
     #[inline(always)]
-    pub(crate) unsafe fn finish_entry(self, m: Vmcs12, e: &Entry) {
-        let pgd = if e.has_ept() {
-            field!(m, ept_pointer)
+    pub(crate) unsafe fn finish_entry(self, m: Vmcs12, made: Made) {
+        if let Some(root) = made.root {
+            // SAFETY: It was looked for in the same handler, for this entry.
+            unsafe { self.use_root(root) };
         } else {
-            field!(m, guest_cr3)
-        };
-        // SAFETY: As the stock function calls it, with its own arguments.
-        unsafe { CallId::NEW_PGD.call([self.key(), pgd as usize]) };
+            let pgd = if made.ept {
+                field!(m, ept_pointer)
+            } else {
+                field!(m, guest_cr3)
+            };
+            // SAFETY: As the stock function calls it, with its own arguments.
+            unsafe { CallId::NEW_PGD.call([self.key(), pgd as usize]) };
+        }
         // Stock asks kvm_apic_has_interrupt() for a truth value, and gets -1 for none: it makes the request on each entry. Whatever else the
         // request would find (windows, the monitor trap flag, timers, SMIs) makes one itself.
         if Entry::had_window(self) || self.has_init_or_sipi() || self.has_interrupt() {
             self.request(EVENT);
         }
-        if e.wanted.pin & PREEMPTION_TIMER != 0 {
+        if made.timer {
             let timer = field!(m, vmx_preemption_timer_value);
             // SAFETY: By this function's contract.
             unsafe { self.start_preemption_timer(timer) };

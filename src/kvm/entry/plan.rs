@@ -195,7 +195,7 @@ impl Vcpu {
 
     /// `to_hv_vcpu()`: Hyper-V's interface was used.
     #[inline(always)]
-    fn has_hyperv(self) -> bool {
+    pub(crate) fn has_hyperv(self) -> bool {
         #[cfg(CONFIG_KVM_HYPERV)]
         {
             !read!(self, vcpu.arch.hyperv).is_null()

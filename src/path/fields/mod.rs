@@ -180,6 +180,36 @@ extern "C" fn mtk_on_copy_shadow(vmx: *mut bindings::vcpu_vmx, _cont: Continuati
     Verdict::STOCK
 }
 
+/// L1 enters L2: copies its shadow VMCS to vmcs12, as the handler above does. `false`: the handler has to, or the stock code.
+///
+/// # Safety
+///
+/// L1 has just exited by VMRESUME, with vmcs01 current.
+#[cfg(MTK_GVA_WALK)]
+#[inline(always)]
+pub(super) unsafe fn save_for_entry(
+    vcpu: Vcpu,
+    local: &mut super::Local,
+    counters: &super::CounterSet,
+) -> bool {
+    let memory = &mut local.fields;
+    let able = mode() == Mode::On
+        && counters.fields.is_extended()
+        && !memory.is_checking()
+        && vcpu.vmcs01_is_loaded()
+        && !vcpu.evmcs_is_mapped()
+        && vcpu.current_vmptr() != u64::MAX;
+    let Some(pages) = vcpu.pages().filter(|_| able) else {
+        return false;
+    };
+    let count = counters.path::<NUMBER>();
+    // SAFETY: KVM would do the same next.
+    unsafe { memory.save_quietly(vcpu, pages, count) };
+    memory.enter_l2(pages);
+    count.taken.bump();
+    true
+}
+
 /// Handler of nested_sync_vmcs12_to_shadow(): vmcs12 is up to date, L1 is about to run, preemption
 /// is off. The only place where the set of fields changes.
 #[no_mangle]

@@ -92,6 +92,9 @@ fn copy(way: Copying, args: [usize; 4], cont: Continuation) -> Verdict {
     let Some(vcpu) = owner(cache, data) else {
         return Verdict::STOCK;
     };
+    if way == Copying::Out && write_was_ahead(vcpu) {
+        return Verdict::handled(0);
+    }
     let mode = mode();
     let key = key(vcpu);
     let done = state::with(vcpu, |local, counters| {
@@ -137,6 +140,65 @@ fn copy(way: Copying, args: [usize; 4], cont: Continuation) -> Verdict {
         Some(Err(reason)) => copy_all(way, vcpu, key, reason, cont, args),
         None => Verdict::STOCK,
     }
+}
+
+/// KVM's copy of L2's shadow VMCS, at this address, before KVM would read it: the same for as long as L1 does not run. `false` if the stock code
+/// has to read it.
+///
+/// # Safety
+///
+/// The copy is nobody else's to use; KVM's SRCU lock is held.
+#[cfg(MTK_GVA_WALK)]
+#[inline(always)]
+pub(super) unsafe fn read_ahead(vcpu: Vcpu, address: u64, known: &mut Known) -> bool {
+    let Some(key) = key(vcpu).filter(|key| key.page == address) else {
+        return false;
+    };
+    let (bytes, all) = match known.to_read(key) {
+        Some(bytes) => (bytes, false),
+        None => (0..LEN, true),
+    };
+    // SAFETY: By this function's contract. Only of an unlogged page, whose slot is that of the key.
+    if !bytes.is_empty() && !unsafe { vcpu.read_shadow_page(bytes) } {
+        known.forget();
+        return false;
+    }
+    if all {
+        known.exit(key);
+    } else {
+        known.renewed();
+    }
+    true
+}
+
+/// What the page in L1's memory lacks of KVM's copy, before KVM would write it; the page holds the same then, with the key that is returned. `None` if the stock code has to write it.
+///
+/// # Safety
+///
+/// As for `read_ahead`.
+#[cfg(MTK_GVA_WALK)]
+#[inline(always)]
+pub(super) unsafe fn write_ahead(vcpu: Vcpu, known: &mut Known) -> Option<Key> {
+    let key = key(vcpu)?;
+    let bytes = known.to_write(key)?;
+    // SAFETY: By this function's contract.
+    if !bytes.is_empty() && !unsafe { vcpu.write_shadow_page(bytes) } {
+        return None;
+    }
+    known.written();
+    Some(key)
+}
+
+/// Whether `write_ahead` has done it for the exit that is being made.
+#[inline(always)]
+fn write_was_ahead(vcpu: Vcpu) -> bool {
+    let done = state::with(vcpu, |local, counters| {
+        let key = local.l2fields.written_ahead.take()?;
+        local.l2fields.known.exit(key);
+        counters.path::<NUMBER>().taken.bump();
+        Some(())
+    });
+    done.flatten().is_some()
 }
 
 /// Handler of kvm_read_guest_cached().

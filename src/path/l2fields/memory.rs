@@ -2,12 +2,12 @@
 //! What is kept for one vCPU to serve its L2, and the copies between KVM's copy of L2's shadow VMCS and the
 //! one that the processor uses.
 
-use super::copies::Known;
+use super::copies::{Key, Known};
 use crate::{
     alloc, bindings,
     kvm::{
         fields::{Class, Number, FIELDS},
-        guest_memory::GuestMemory,
+        guest_memory::{GuestMemory, Window},
         region::{self, Current, Region, Shadow},
         shadow_page::ShadowPage,
         vmcs02::Bitmaps,
@@ -107,6 +107,10 @@ pub(crate) struct Memory {
     serving: bool,
     /// What is known of KVM's copy of L2's shadow VMCS.
     pub(super) known: Known,
+    /// The memory slot that had L1's bitmaps, and the generation of slots then.
+    slot: (u64, Window),
+    /// With this key `write_ahead` has written what L2 wrote, for the exit that is being made.
+    pub(super) written_ahead: Option<Key>,
 }
 
 impl Memory {
@@ -116,6 +120,8 @@ impl Memory {
         stale: true,
         serving: false,
         known: Known::new(),
+        slot: (0, Window::EMPTY),
+        written_ahead: None,
     };
 
     /// Whether the processor serves L2 now.
@@ -202,14 +208,19 @@ impl Memory {
         };
         // SAFETY: Nothing is moved out.
         let t = unsafe { tables.as_mut().get_unchecked_mut() };
-        // SAFETY: By this function's contract.
-        let mut memory = unsafe { GuestMemory::new(vcpu) };
+        let generation = vcpu.slots_generation();
+        let slot = match generation {
+            Some(now) if now == self.slot.0 => self.slot.1,
+            _ => Window::EMPTY,
+        };
+        // SAFETY: By this function's contract; memory slots are those that they were.
+        let mut memory = unsafe { GuestMemory::with_slot(vcpu, slot) };
+        let mut readable = true;
         for m in t.masks.iter() {
             let mut merge = |bitmap: &mut Bitmap, gpa: u64, mask: u64| {
-                // A bitmap that cannot be read makes every access exit to L1, as on stock.
-                let theirs = memory
-                    .read_u64(gpa.wrapping_add(u64::from(m.index) * 8))
-                    .unwrap_or(u64::MAX);
+                let theirs = memory.read_u64(gpa.wrapping_add(u64::from(m.index) * 8));
+                readable &= theirs.is_some();
+                let theirs = theirs.unwrap_or(u64::MAX);
                 bitmap
                     .word(m.index)
                     .into_iter()
@@ -217,6 +228,13 @@ impl Memory {
             };
             merge(&mut t.vmread, l1.vmread, m.read);
             merge(&mut t.vmwrite, l1.vmwrite, m.write);
+        }
+        if let Some(now) = generation {
+            self.slot = (now, memory.slot());
+        }
+        // A bitmap that cannot be read has every access exit to L1 on stock, unless it can be read by then: KVM looks on each access.
+        if !readable {
+            return;
         }
         // SAFETY: By this function's contract, preemption being off inside.
         let refused = unsafe { fill(t, vcpu, announced) };
@@ -241,6 +259,9 @@ impl Memory {
     ///
     /// vmcs02 is loaded on this CPU by the current task.
     pub(super) unsafe fn save(&mut self, vcpu: Vcpu) {
+        if self.written_ahead.is_some() {
+            return;
+        }
         let (Some(tables), Some(base), true) =
             (self.tables.as_mut(), vcpu.shadow_vmcs12(), self.serving)
         else {
@@ -269,6 +290,24 @@ impl Memory {
             }
         }
         drop(guard);
+    }
+
+    /// See `l2fields::write_ahead`.
+    ///
+    /// # Safety
+    ///
+    /// As for `save`, with KVM's SRCU lock held, in KVM_RUN.
+    #[cfg(MTK_GVA_WALK)]
+    pub(super) unsafe fn write_ahead(&mut self, vcpu: Vcpu) -> bool {
+        // SAFETY: By this function's contract.
+        unsafe {
+            self.save(vcpu);
+            self.written_ahead = super::copies::write_ahead(vcpu, &mut self.known);
+        }
+        if self.written_ahead.is_none() {
+            self.go_on();
+        }
+        self.written_ahead.is_some()
     }
 
     /// L2 goes on after `save` with what it was served.

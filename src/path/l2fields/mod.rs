@@ -23,6 +23,8 @@ pub(crate) use memory::Memory;
 pub(super) use memory::MOST;
 
 use super::{learned::Published, CounterSet, Counters, Local, Path};
+#[cfg(MTK_GVA_WALK)]
+use crate::kvm::{vmcs12::field, Vmcs12};
 use crate::{
     bindings,
     hook::{CallId, Continuation, HookId, InFlight, Verdict},
@@ -140,8 +142,8 @@ fn publish(local: &Local, shared: &CounterSet) {
     }
 }
 
-/// L2 has made an access that exited and is not L1's to see. Returns whether the field is to be served from now
-/// on: then `renew` must be called after the access was carried out.
+/// L2 has made an access that exited and is not L1's to see. Returns whether `renew` must be called after the access was
+/// carried out: the field is to be served from now on, or was already.
 pub(super) fn accessed(vcpu: Vcpu, id: HookId, encoding: u64) -> bool {
     if mode() == Mode::Off {
         return false;
@@ -157,6 +159,17 @@ pub(super) fn accessed(vcpu: Vcpu, id: HookId, encoding: u64) -> bool {
         let reason = match fields::by_encoding(encoding) {
             None => Reason::UnknownField,
             Some(_) if !memory.make_tables(vcpu) => Reason::NoMemory,
+            // L1 has changed its bitmaps since it entered L2. KVM reads and writes its copy, so that has to be up to date, and
+            // what the processor has anew afterwards.
+            Some(number) if memory.is_serving() && memory.learner.learned().has(number) => {
+                // SAFETY: L2 has exited and not to L1, so that vmcs02 is loaded.
+                unsafe {
+                    memory.save(vcpu);
+                    memory.stop(vcpu);
+                }
+                publish(local, counters);
+                return true;
+            }
             Some(number) if memory.may_serve(number) => {
                 let joined = memory.learner.touched(number, false);
                 if joined && !super::fields::kvm_knows(number) {
@@ -203,6 +216,9 @@ pub(super) fn has_learned(local: &Local) -> bool {
 
 /// L1 has made a VMLAUNCH or VMRESUME, which is yet to be carried out.
 pub(super) fn before_entry(vcpu: Vcpu, local: &mut Local, counters: &CounterSet) {
+    if !local.l2fields.is_serving() {
+        return;
+    }
     // The last entry failed in the processor, so that nobody looked at the shadow VMCS.
     // SAFETY: L1 has exited, so the vCPU is loaded by this task.
     unsafe { local.l2fields.stop(vcpu) };
@@ -225,6 +241,72 @@ pub(super) fn entered(vcpu: Vcpu, local: &mut Local, counters: &CounterSet) {
         }
     }
     publish(local, counters);
+}
+
+/// L1 is about to enter L2: makes KVM's copy of L2's shadow VMCS what the page in L1's memory is, ahead of time and without waiting. `false` if KVM has to do it.
+///
+/// With KVM's SRCU lock held, in KVM_RUN.
+#[cfg(MTK_GVA_WALK)]
+#[inline(always)]
+pub(super) fn read_ahead(vcpu: Vcpu, m: Vmcs12, local: &mut Local) -> bool {
+    let address = field!(m, vmcs_link_pointer);
+    if !m.has_shadow_vmcs() || address == u64::MAX {
+        return true;
+    }
+    // SAFETY: By this function's contract nobody else uses the copy: L2 does not run.
+    mode() == Mode::On && unsafe { copies::read_ahead(vcpu, address, &mut local.l2fields.known) }
+}
+
+/// L1 has not entered L2 after all. It may fail to, and what it does to the page then need not be announced: only of one that it has entered L2 with it is known.
+#[cfg(MTK_GVA_WALK)]
+#[cold]
+pub(super) fn not_entered(local: &mut Local) {
+    local.l2fields.known.forget();
+}
+
+/// L1 has entered L2 by a VMRESUME for which `read_ahead` said yes.
+///
+/// # Safety
+///
+/// As for `Memory::serve`.
+#[cfg(MTK_GVA_WALK)]
+#[inline(always)]
+pub(super) unsafe fn entered_ahead(vcpu: Vcpu, local: &mut Local, counters: &CounterSet) {
+    if vcpu.has_l2_shadow() {
+        local.l2fields.known.enter();
+        counters.path::<NUMBER>().taken.bump();
+        if has_learned(local) {
+            entered(vcpu, local, counters);
+        }
+    }
+}
+
+/// L2 is about to exit to L1: has what it has written to its shadow VMCS in the page in L1's memory, ahead of time and without waiting. `false`: KVM has to do it, and
+/// finds everything as it was, or up to date.
+///
+/// # Safety
+///
+/// vmcs02 is loaded on this CPU by the current task; with KVM's SRCU lock held, in KVM_RUN.
+#[cfg(MTK_GVA_WALK)]
+#[inline(always)]
+pub(super) unsafe fn write_ahead(vcpu: Vcpu, m: Vmcs12, local: &mut Local) -> bool {
+    if !vcpu.has_l2_shadow() {
+        return true;
+    }
+    if mode() != Mode::On || vcpu.shadow_page_address() != field!(m, vmcs_link_pointer) {
+        return false;
+    }
+    // SAFETY: By this function's contract.
+    unsafe { local.l2fields.write_ahead(vcpu) }
+}
+
+/// The exit for which `write_ahead` said yes has been made. If KVM's copy to memory did not come by here, nothing is known of it.
+#[cfg(MTK_GVA_WALK)]
+#[inline(always)]
+pub(super) fn left(local: &mut Local) {
+    if local.l2fields.written_ahead.take().is_some() {
+        local.l2fields.known.forget();
+    }
 }
 
 /// Handler of sync_vmcs02_to_vmcs12(): L2 exits to L1, or its state is asked for.

@@ -20,7 +20,8 @@ mod plain {
         bindings,
         hook::{Continuation, HookId, InFlight, Verdict},
         kvm::{
-            entry::{Derived, Entry},
+            entry::{Derived, Made},
+            vmcs12::field,
             Vcpu, Vmcs12,
         },
         path::{checks, vmptrld::roots, CounterSet, Local},
@@ -50,18 +51,19 @@ mod plain {
         }
     }
 
-    /// Enters L2 if it is one for us. `Err`: nothing has changed.
+    /// Enters L2 if it is one for us. `Err`: nothing has changed. `INNER`: without leaving KVM's inner loop, so that the root of L0's own table must be
+    /// there.
     ///
     /// # Safety
     ///
     /// In the handler of nested_vmx_enter_non_root_mode() for a VMLAUNCH or VMRESUME of L1.
     #[inline(always)]
-    unsafe fn enter(
+    pub(in super::super) unsafe fn enter<const INNER: bool>(
         vcpu: Vcpu,
         m: Vmcs12,
         local: &mut Local,
         counters: &CounterSet,
-    ) -> Result<Entry, Reason> {
+    ) -> Result<Made, Reason> {
         if !Tracepoint::NESTED_VMENTER.is_off() || !host_state::is_able() {
             return Err(Reason::Unusual);
         }
@@ -77,6 +79,7 @@ mod plain {
                     ..
                 },
             checks,
+            regions,
             ..
         } = local;
         let derived = enter.0.get(key).and_then(|known| known.0.as_ref());
@@ -91,6 +94,16 @@ mod plain {
         let entry = entry.ok_or(Reason::Unusual)?;
         let efer = efer.get(vcpu, entry.efer).ok_or(Reason::Changed)?;
         let paging = mmu.get(entry.paging).ok_or(Reason::Changed)?;
+        let mut root = None;
+        if INNER {
+            let found = if entry.has_ept() {
+                vcpu.root_for_ept(field!(m, ept_pointer))
+                    .filter(|root| regions.roots.can_use(vcpu, root.address()))
+            } else {
+                vcpu.root_of_role(paging.root_role())
+            };
+            root = Some(found.ok_or(Reason::New)?);
+        }
         if !checks::guest_state_holds(vcpu, m, checks) {
             return Err(Reason::Changed);
         }
@@ -118,7 +131,7 @@ mod plain {
         paging.restore(vcpu, entry.paging.is_nested());
         checks::took(counters);
         count.taken.bump();
-        Ok(entry)
+        Ok(entry.made().with_root(root))
     }
 
     /// Handler of nested_vmx_enter_non_root_mode().
@@ -144,14 +157,15 @@ mod plain {
                     // It concerns nobody as long as L1 runs; the stock function makes the same.
                     ept_mmu::put(&mut local.nested_switch, vcpu, counters.path::<NUMBER>());
                     // SAFETY: In this very handler.
-                    let entry = unsafe { enter(vcpu, m, local, counters) }?;
-                    Ok((entry, local.regions.roots.are_kept()))
+                    let made = unsafe { enter::<false>(vcpu, m, local, counters) }?;
+                    local.run.switched();
+                    Ok((made, local.regions.roots.are_kept()))
                 });
                 match entered {
-                    Some(Ok((entry, kept))) => {
+                    Some(Ok((made, kept))) => {
                         // SAFETY: As above, after everything else.
-                        unsafe { vcpu.finish_entry(m, &entry) };
-                        if kept && entry.has_ept() {
+                        unsafe { vcpu.finish_entry(m, made) };
+                        if kept && made.has_ept() {
                             roots::renew(vcpu, &section);
                         }
                         // NVMX_VMENTRY_SUCCESS
@@ -228,6 +242,8 @@ mod plain {
     }
 }
 
+#[cfg(MTK_GVA_WALK)]
+pub(super) use plain::enter;
 #[cfg(MTK_GVA_WALK)]
 pub(crate) use plain::Memory;
 

@@ -9,6 +9,7 @@
 //! - [`enter`]: nested_vmx_enter_non_root_mode(), all of an entry of L2;
 //! - [`mmu`]: kvm_init_mmu(), the description of the guest's paging;
 //! - [`ept_mmu`]: kvm_init_shadow_ept_mmu(), the same for L1's EPT;
+//! - [`inner`]: both directions without leaving KVM's inner loop;
 //! - [`efer`]: vmx_set_efer(), EFER and the MSRs that are loaded with the guest;
 //! - [`host_state`]: load_vmcs12_host_state(), what L1 finds after an exit of L2;
 //! - [`pages`]: nested_get_vmcs12_pages(), the guest pages that a vmcs12 names;
@@ -22,12 +23,16 @@ mod enter;
 #[cfg(MTK_GVA_WALK)]
 pub(super) mod ept_mmu;
 mod host_state;
+#[cfg(MTK_GVA_WALK)]
+pub(super) mod inner;
 mod interrupts;
 mod mmu;
 pub(crate) mod pages;
 mod vpids;
 
 use super::{CounterSet, Counters, Path};
+#[cfg(MTK_GVA_WALK)]
+use crate::policy::pause::Pause;
 use crate::{
     hook::{CallId, HookId, InFlight},
     kvm::Vcpu,
@@ -36,6 +41,7 @@ use crate::{
         mode::Mode,
     },
     state,
+    sysfs::Attribute,
 };
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use kernel::c_str;
@@ -81,9 +87,13 @@ pub(super) const PATH: Path = Path {
     ],
     drain: Some(drain),
     drain_hooks: &[HookId::HANDLE_EXIT],
-    knobs: &[],
+    knobs: &FILES,
     reasons: &["no_state", "new", "changed", "unusual", "detour"],
 };
+
+static FILES: [Attribute; 1] = [Attribute::figure(c"reentered", |out| {
+    writeln!(out, "{}", super::total(NUMBER).short.get())
+})];
 
 /// Why a call was left to the stock code; names in `PATH.reasons`.
 #[derive(Clone, Copy)]
@@ -104,7 +114,10 @@ enum Reason {
 pub(crate) fn prepare() {
     host_state::prepare();
     #[cfg(MTK_GVA_WALK)]
-    crate::kvm::entry::prepare();
+    {
+        crate::kvm::entry::prepare();
+        crate::kvm::inner_loop::prepare();
+    }
     pages::prepare();
     vpids::prepare();
 }
@@ -135,6 +148,9 @@ pub(crate) fn set_detour(rate: Rate) {
 /// What is remembered for one vCPU.
 pub(crate) struct Memory {
     detour: Detour,
+    /// After VMRESUMEs that were not for [`inner`], some are left to the handler of the exit at once.
+    #[cfg(MTK_GVA_WALK)]
+    pause: Pause,
     mmu: mmu::Memory,
     #[cfg(MTK_GVA_WALK)]
     ept_mmu: ept_mmu::Memory,
@@ -167,6 +183,8 @@ impl Memory {
     /// Nothing yet.
     pub(crate) const NEW: Memory = Memory {
         detour: Detour::NEW,
+        #[cfg(MTK_GVA_WALK)]
+        pause: Pause::new(),
         mmu: mmu::Memory::NEW,
         #[cfg(MTK_GVA_WALK)]
         ept_mmu: ept_mmu::Memory::NEW,

@@ -42,7 +42,7 @@ pub(super) fn prepare() {
 
 /// Whether L1's bitmap of MSRs is merged as it is here.
 #[inline(always)]
-fn merges_alike() -> bool {
+pub(super) fn merges_alike() -> bool {
     !MEDIATED_PMU.load(Ordering::Relaxed)
 }
 
@@ -513,6 +513,43 @@ pub(crate) fn exited(vcpu: Vcpu) {
         memory.lent = [NOWHERE; USES.len()];
         publish(memory, counters);
     });
+}
+
+/// Whether every page that KVM has for L2 is one of those that are kept, in memory slots that are as they were: then `take_back` can be called, and
+/// marking them dirty would do nothing.
+///
+/// L2 has just exited, and KVM's SRCU lock is held.
+#[cfg(MTK_GVA_WALK)]
+#[inline(always)]
+pub(super) fn are_ours(vcpu: Vcpu, memory: &Memory) -> bool {
+    if memory.lent == [NOWHERE; USES.len()] {
+        return !vcpu.has_pinned_pages();
+    }
+    vcpu.pins_nothing_but(memory.lent.map(|lent| memory.slots.get(usize::from(lent))))
+        && vcpu.is_in_run()
+        && memory.stamp.is_some_and(|stamp| vcpu.has_slots_of(stamp))
+}
+
+/// Takes all pages back from KVM, which are kept on. L2 exits to L1.
+///
+/// # Safety
+///
+/// `are_ours` has just said yes, and vmcs02 is not run before KVM is given pages again.
+#[cfg(MTK_GVA_WALK)]
+#[inline(always)]
+pub(super) unsafe fn take_back(vcpu: Vcpu, memory: &mut Memory, counters: &CounterSet) {
+    if memory.lent == [NOWHERE; USES.len()] {
+        return;
+    }
+    for (use_, lent) in USES.into_iter().zip(memory.lent) {
+        if lent < NOWHERE {
+            memory.kept |= 1 << lent;
+            // SAFETY: By this function's contract.
+            unsafe { vcpu.take_page(use_) };
+        }
+    }
+    memory.lent = [NOWHERE; USES.len()];
+    publish(memory, counters);
 }
 
 /// Lets go of every page: the vCPU leaves KVM_RUN, VMX operation ends, or the path is being switched off.

@@ -40,7 +40,7 @@ extern "C" fn mtk_on_read_virt(
     }
     let section = InFlight::enter(HookId::READ_VIRT);
     let found = state::with(vcpu, |local, _| {
-        local.regions.hope.rise();
+        local.run.answered();
         // SAFETY: kvm_read_guest_virt() is called in the handler of an exit, and may itself sleep.
         let mut memory = unsafe { GuestMemory::new(vcpu) };
         vcpu.descriptor_at(address as u64, &mut memory, &mut local.regions.descriptor)

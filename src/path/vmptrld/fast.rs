@@ -9,13 +9,9 @@
 //! Only what cannot fail to be ready is done here: no allocation, no page that would have to be fetched, no roots to free, and no VMCS of
 //! those that are kept to be written. Anything else goes on to the handler of the exit, which finds what it would have found.
 //! KVM itself looks whether the guest may run on (kvm_vcpu_exit_request()).
-//!
-//! The hooked function is called rather than let run, which costs a little, so that is done only for an L1 that has
-//! executed one of the three lately.
 
 use super::{drop_current, load, mode, operand, roots::OldRoots, write_current, NUMBER};
 use crate::{
-    hook::{Continuation, HookId, InFlight, Verdict},
     kvm::{
         fast_exit::{Fastpath, NoFaults},
         guest_memory::{GuestMemory, SrcuGuard},
@@ -31,75 +27,16 @@ const VMCLEAR: u32 = 19;
 const VMPTRLD: u32 = 21;
 const INVVPID: u32 = 53;
 
-/// Whether the next exits of L1 are worth looking at here.
-pub(crate) struct Hope(u8);
-
-impl Hope {
-    /// Nothing speaks for it.
-    pub(super) const NONE: Hope = Hope(0);
-    /// How many exits of L1 in a row may be others.
-    const PATIENCE: u8 = 16;
-
-    /// L1 has executed one of the three.
-    #[inline(always)]
-    pub(super) fn rise(&mut self) {
-        self.0 = Self::PATIENCE;
-    }
-
-    /// L1 is about to run. Whether to look at its exit.
-    #[inline(always)]
-    fn spend(&mut self) -> bool {
-        if self.0 == 0 {
-            return false;
-        }
-        self.0 = self.0.wrapping_sub(1);
-        true
-    }
-}
-
-/// In the handler of vmx_vcpu_run(), with interrupts and preemption off.
-#[inline(always)]
-pub(in crate::path) fn run(vcpu: Vcpu, flags: u64, cont: Continuation) -> Verdict {
-    // In a real-time kernel even a spinlock may sleep.
-    if cfg!(CONFIG_PREEMPT_RT) || vcpu.guest_mode() || !vcpu.vmxon() || mode() != Mode::On {
-        return Verdict::STOCK;
-    }
-    let hopes = state::with(vcpu, |local, _| local.regions.hope.spend());
-    if hopes != Some(true) {
-        return Verdict::STOCK;
-    }
-    // SAFETY: In this very handler.
-    unsafe { run_and_answer(vcpu, flags, cont) }
-}
-
-/// Runs the guest and looks at its exit.
-///
-/// # Safety
-///
-/// In the handler of vmx_vcpu_run(), with its own arguments.
-#[inline(never)]
-unsafe fn run_and_answer(vcpu: Vcpu, flags: u64, cont: Continuation) -> Verdict {
-    let section = InFlight::enter(HookId::VCPU_RUN);
-    // SAFETY: By this function's contract.
-    let value = unsafe { section.call_stock(cont, [vcpu.key(), flags as usize]) };
-    let mut fastpath = Fastpath::from_stock(value);
-    if fastpath == Fastpath::NONE {
-        let reason = vcpu.full_exit_reason();
-        if matches!(reason, VMCLEAR | VMPTRLD | INVVPID) {
-            // SAFETY: L1, which runs with vmcs01, has just exited for this.
-            fastpath = unsafe { answer(vcpu, reason) }.unwrap_or(Fastpath::NONE);
-        }
-    }
-    Verdict::handled(fastpath.to_stock())
-}
-
 /// Carries the instruction out, if it is one for us; `None` leaves it to the handler of the exit.
 ///
 /// # Safety
 ///
 /// L1 has just exited for this `reason`, and KVM has neither loaded another VMCS nor turned interrupts on since.
 #[inline(always)]
-unsafe fn answer(vcpu: Vcpu, reason: u32) -> Option<Fastpath> {
+pub(in crate::path) unsafe fn answer(vcpu: Vcpu, reason: u32) -> Option<Fastpath> {
+    if !matches!(reason, VMCLEAR | VMPTRLD | INVVPID) || mode() != Mode::On {
+        return None;
+    }
     if !vcpu.has_plain_exit() || exits::is_counting() {
         return None;
     }
@@ -112,7 +49,7 @@ unsafe fn answer(vcpu: Vcpu, reason: u32) -> Option<Fastpath> {
             counters.path::<NUMBER>().taken.bump();
             counters.path::<NUMBER>().short.bump();
             local.regions.publish(&counters.vmptrld);
-            local.regions.hope.rise();
+            local.run.answered();
             Some(())
         })
     };

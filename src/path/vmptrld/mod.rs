@@ -322,7 +322,7 @@ fn handle(
             Ok(()) => {
                 count.taken.bump();
                 local.regions.publish(&counters.vmptrld);
-                local.regions.hope.rise();
+                local.run.answered();
                 true
             }
             Err(reason) => {

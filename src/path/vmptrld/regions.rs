@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The VMCSs of L1 that are not current and are kept loaded all the same.
 
-use super::{fast::Hope, roots::OldRoots, Shared};
+use super::{roots::OldRoots, Shared};
 use crate::{
     alloc, bindings,
     kvm::{
@@ -101,8 +101,6 @@ pub(crate) struct Regions {
     pub(super) trail: Trail,
     /// Where the last descriptor of an INVEPT or INVVPID was.
     pub(super) descriptor: Trail,
-    /// Whether L1's next exits may be for [`super::fast`].
-    pub(super) hope: Hope,
 }
 
 /// What copying between a shadow VMCS and its vmcs12 takes.
@@ -145,7 +143,6 @@ impl Regions {
         roots: OldRoots::NONE,
         trail: Trail::NONE,
         descriptor: Trail::NONE,
-        hope: Hope::NONE,
     };
 
     /// Whether a VMCS that is not kept has a place to go to: `make_room` has nothing to allocate or write then.

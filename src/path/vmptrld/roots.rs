@@ -83,6 +83,24 @@ impl OldRoots {
         }
     }
 
+    /// Whether this root can be put to use without anything to be done about it (`renew`) that takes locks.
+    #[cfg(MTK_GVA_WALK)]
+    #[inline(always)]
+    pub(in crate::path) fn can_use(&self, vcpu: Vcpu, root: u64) -> bool {
+        !self.kept
+            || self.uses < PATIENCE - 1
+                && (self.renewed.contains(&root) || !vcpu.has_unsync_tables())
+    }
+
+    /// It is put to use. Without unsync tables there is nothing to bring up to date.
+    #[cfg(MTK_GVA_WALK)]
+    #[inline(always)]
+    pub(in crate::path) fn note_use(&mut self, root: u64) {
+        if self.kept {
+            self.put_to_use(root);
+        }
+    }
+
     /// This root is put to use. Whether it may be older than the last VMPTRLD.
     #[inline(always)]
     fn put_to_use(&mut self, root: u64) -> bool {
