@@ -66,7 +66,7 @@ impl Vcpu {
     ///
     /// # Safety
     ///
-    /// In the handler of kvm_write_guest_cached() for this vCPU's copy, in KVM_RUN: KVM holds its SRCU lock and the task
+    /// In the handler of kvm_write_guest_cached() for this vCPU's copy, or where L2 is about to exit to L1, in KVM_RUN: KVM's SRCU lock is held, and the task
     /// has the VMM's address space.
     pub(crate) unsafe fn write_shadow_page(self, bytes: Range<usize>) -> bool {
         let (Some(copy), Some(host)) = (self.shadow_vmcs12(), self.shadow_page_host()) else {
@@ -87,7 +87,7 @@ impl Vcpu {
     ///
     /// # Safety
     ///
-    /// In the handler of kvm_read_guest_cached() for this vCPU's copy, as for `write_shadow_page`.
+    /// In the handler of kvm_read_guest_cached() for this vCPU's copy, or where L1 is about to enter L2, otherwise as for `write_shadow_page`.
     pub(crate) unsafe fn read_shadow_page(self, bytes: Range<usize>) -> bool {
         let (Some(copy), Some(host)) = (self.shadow_vmcs12(), self.shadow_page_host()) else {
             return false;

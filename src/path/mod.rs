@@ -150,7 +150,7 @@ pub(crate) struct Counters {
     pub(crate) mismatches: Count,
     /// Exits into L0 that did not happen because of the path.
     pub(crate) saved_exits: Count,
-    /// Of those taken, the ones answered in a way that is shorter still (see `vmptrld::fast`, `prefault::absent`).
+    /// Of those taken, the ones answered in a way that is shorter still (see `vmptrld::fast`, `nested_switch::inner`, `prefault::absent`).
     pub(crate) short: Count,
     /// Calls left to the stock code, by reason.
     pub(crate) fallbacks: [Count; MAX_REASONS],

@@ -8,7 +8,7 @@
 //!
 //! Only what cannot fail to be ready is done here: no allocation, no page that would have to be fetched, no roots to free, and no VMCS of
 //! those that are kept to be written. Anything else goes on to the handler of the exit, which finds what it would have found.
-//! KVM itself looks whether the guest may run on (kvm_vcpu_exit_request()).
+//! Whether the guest may run on, `path::run` looks, or KVM itself (kvm_vcpu_exit_request()).
 
 use super::{drop_current, load, mode, operand, roots::OldRoots, write_current, NUMBER};
 use crate::{
